@@ -1,0 +1,4 @@
+.PHONY: setup demo test slow check bench clean
+BIN := .venv/bin
+
+setup: .venv/.done

@@ -1,0 +1,137 @@
+"""Every error that a user can mend, one exit code per class.
+
+BmctlError                  1   a bug: anything that is none of the below
+├── UsageError              2   the command line
+├── RecipeError             3   the recipe
+├── DataError               4   the data set, or an input to infer
+├── PackageError            5   a package, checkpoint or artifact: missing, corrupt, untrusted, mismatched
+├── DependencyError         6   a package, device or version that is not there
+├── ResourceError           7   disk, memory, port, lock, permission
+├── GateError               8   a quality gate failed: metric, parity, latency, size
+├── DivergedError           9   loss or weights are no longer finite
+├── WorkerError            10   a worker or peer failed or timed out
+├── UnsupportedError       11   operator or graph not supported, already quantized, nothing left to prune
+├── PreemptedError         75   a checkpoint was published; run the same command again
+└── InterruptedRunError   130   Ctrl-C (143 for SIGTERM)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong in a recipe: where it stands, what it says, what would be right.
+
+    Attributes:
+        where: ``file:line:col``, or ``--set a.b=1`` for an override.
+        path: Dotted key path, such as ``train.optimizer.lr``.
+        message: What was found and what was expected.
+        hint: An edit or a command that mends it, or the empty string.
+    """
+
+    where: str
+    path: str
+    message: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        hint = f"\n    hint: {self.hint}" if self.hint else ""
+        path = f" {self.path}:" if self.path else ""
+        return f"{self.where}:{path} {self.message}{hint}"
+
+
+class BmctlError(Exception):
+    """Something went wrong and the user is told what, where, and what to do.
+
+    Args:
+        message: What happened, where, what was got and what was expected.
+        hint: A command or an edit that mends it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def to_dict(self) -> dict[str, object]:
+        """The error as fields, for ``--json``."""
+        return {
+            "error": type(self).__name__,
+            "exit_code": self.exit_code,
+            "message": self.message,
+            "hint": self.hint,
+        }
+
+
+class UsageError(BmctlError):
+    exit_code = 2
+
+
+class RecipeError(BmctlError):
+    """One or more problems in a recipe, all reported at once."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, *, hint: str = "", problems: Sequence[Problem] = ()) -> None:
+        super().__init__(message, hint=hint)
+        self.problems = tuple(problems)
+
+    def to_dict(self) -> dict[str, object]:
+        return super().to_dict() | {"problems": [vars(problem) for problem in self.problems]}
+
+
+class DataError(BmctlError):
+    exit_code = 4
+
+
+class PackageError(BmctlError):
+    exit_code = 5
+
+
+class DependencyError(BmctlError):
+    exit_code = 6
+
+
+class ResourceError(BmctlError):
+    exit_code = 7
+
+
+class GateError(BmctlError):
+    exit_code = 8
+
+
+class DivergedError(BmctlError):
+    exit_code = 9
+
+
+class WorkerError(BmctlError):
+    """A worker failed; carries the exit code of the error it raised, if that was one of ours."""
+
+    exit_code = 10
+
+    def __init__(self, message: str, *, hint: str = "", exit_code: int = 10) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = exit_code
+
+
+class UnsupportedError(BmctlError):
+    exit_code = 11
+
+
+class PreemptedError(BmctlError):
+    exit_code = 75
+
+
+class InterruptedRunError(BmctlError):
+    """Stopped by the user: 130 after SIGINT, 143 after SIGTERM."""
+
+    exit_code = 130
+
+    def __init__(self, message: str, *, hint: str = "", exit_code: int = 130) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = exit_code
