@@ -1,0 +1,34 @@
+"""What every stage of the engine is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bmctl.engine.parallel import Group
+from bmctl.engine.signals import Stop
+from bmctl.recipe import Recipe
+from bmctl.schema import Emit
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """One stage of one run, in one process.
+
+    Attributes:
+        run: The run's directory; it exists and is locked by the parent process.
+        recipe: The resolved recipe.
+        group: Rank, world size and device of this process.
+        stop: Raised by a signal; stages look at it at every step border.
+        emit: Where progress goes; only rank 0's is shown.
+        resume: Continue from the newest checkpoint that verifies.
+        overwrite: Redo a finished stage.
+    """
+
+    run: Path
+    recipe: Recipe
+    group: Group
+    stop: Stop
+    emit: Emit
+    resume: bool = False
+    overwrite: bool = False

@@ -1,0 +1,63 @@
+"""One file = one compression method. A new method is a file here and a line in METHODS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from bmctl.methods import cast, magnitude, ptq, structured, svd
+from bmctl.schema import StepConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import nn
+
+Meta = dict[str, Any]
+"""Small JSON: all that `restore` needs to rebuild the structure."""
+
+
+@dataclass(frozen=True)
+class MethodContext:
+    """What a method may look at.
+
+    Attributes:
+        example: float32 [2, C, H, W], preprocessed real samples.
+        calibration: Yields float32 [n, C, H, W] batches of the calibration samples; empty without data.
+        calibration_record: What the calibration data is, as the manifest records it.
+    """
+
+    example: torch.Tensor
+    calibration: Callable[[], Iterator[np.ndarray]]
+    calibration_record: Mapping[str, Any]
+
+
+class ModuleMethod(Protocol):
+    """LEVEL = "module": changes weights or structure of an nn.Module in place."""
+
+    FAMILY: str
+    LEVEL: str
+    Config: type[StepConfig]
+
+    def apply(self, model: nn.Module, config: StepConfig, context: MethodContext) -> Meta: ...
+    def restore(self, model: nn.Module, config: StepConfig, meta: Meta) -> None:
+        """Give a freshly built model the structure that `apply` left; weights are loaded afterwards."""
+        ...
+
+
+class GraphMethod(Protocol):
+    """LEVEL = "graph": reads an ONNX file, writes another."""
+
+    FAMILY: str
+    LEVEL: str
+    Config: type[StepConfig]
+
+    def apply(self, onnx_path: Path, config: StepConfig, context: MethodContext, *, out: Path) -> Meta: ...
+
+
+METHODS: Mapping[str, ModuleType] = MappingProxyType(
+    {"magnitude": magnitude, "structured": structured, "svd": svd, "ptq": ptq, "cast": cast}
+)

@@ -1,0 +1,176 @@
+"""What every section of a recipe and every manifest is made of: strict, frozen, torch-free models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+T = TypeVar("T")
+Many = Annotated[tuple[T, ...], Field(strict=False)]
+"""A list in YAML or JSON, a tuple in memory."""
+
+Positive = Annotated[float, Field(gt=0)]
+Ratio = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+class Strict(BaseModel):
+    """Frozen; unknown keys, coercions such as ``"5"`` to 5, nan and inf are refused at every depth."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        protected_namespaces=(),
+    )
+
+
+class TensorSpec(Strict):
+    """One input or output of a graph.
+
+    Attributes:
+        name: The graph's name for it.
+        shape: Sizes per sample, the batch dimension first as None.
+        dtype: A NumPy dtype name, such as ``float32``.
+        meaning: What the numbers are, such as ``normalised image, channels first``.
+    """
+
+    name: str
+    shape: Many[int | None]
+    dtype: str
+    meaning: str = ""
+
+
+class Preprocess(Strict):
+    """From a decoded image to the model's input, exactly as in training.
+
+    Attributes:
+        size: (height, width) in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        mean: Per channel, of pixels in [0, 1].
+        std: Per channel, of pixels in [0, 1].
+        interpolation: Pillow's resampling filter.
+        crop: Fraction of the shorter side kept by the centre crop; None squeezes to `size` without cropping.
+    """
+
+    size: Many[Count] = Field(min_length=2, max_length=2)
+    channels: Literal[1, 3]
+    mean: Many[float]
+    std: Many[Positive]
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
+    crop: Ratio | None = None
+
+
+# -- training ---------------------------------------------------------------------------------------
+
+
+class SGD(Strict):
+    name: Literal["sgd"]
+    lr: Positive = 0.1
+    momentum: Ratio = 0.9
+    nesterov: bool = False
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+
+
+class Adam(Strict):
+    name: Literal["adam"]
+    lr: Positive = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+
+class AdamW(Strict):
+    name: Literal["adamw"] = "adamw"
+    lr: Positive = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+
+
+class RMSprop(Strict):
+    name: Literal["rmsprop"]
+    lr: Positive = 1e-3
+    alpha: Ratio = 0.99
+    momentum: Ratio = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+
+Optimizer = Annotated[SGD | Adam | AdamW | RMSprop, Field(discriminator="name")]
+
+
+class Schedule(Strict):
+    """Learning rate over the steps: linear warm-up, then cosine decay or constant.
+
+    Attributes:
+        warmup: Fraction of all steps spent warming up from zero.
+        final: Learning rate at the end, as a fraction of the peak.
+    """
+
+    name: Literal["cosine", "constant"] = "cosine"
+    warmup: Ratio = 0.05
+    final: Ratio = 0.0
+
+
+class Fit(Strict):
+    """One training loop: the `train` section of a recipe, and the shape of a step's `recover`.
+
+    Attributes:
+        batch_size: Samples per optimizer step over all processes; it must divide by their number.
+        max_steps: Stops after this many optimizer steps, whatever `epochs` says.
+        precision: `auto` takes bf16 where the hardware has it and says so.
+        select: Weights that are kept: of the `best` validation epoch or the `last`.
+        checkpoint_every_steps: None means once an epoch.
+        grace_s: Seconds after a signal by which a checkpoint must be published.
+    """
+
+    epochs: Count = 10
+    max_steps: Count | None = None
+    batch_size: Count = 64
+    optimizer: Optimizer = AdamW()
+    schedule: Schedule = Schedule()
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    channels_last: bool = True
+    select: Literal["best", "last"] = "best"
+    checkpoint_every_steps: Count | None = None
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    grace_s: Positive = 30.0
+
+
+class Distill(Strict):
+    """Loss = (1 - weight) * task loss + weight * T^2 * KL(teacher || student), both softened by T.
+
+    Source: Hinton, Vinyals, Dean 2015, https://arxiv.org/abs/1503.02531
+    """
+
+    weight: Ratio = 0.7
+    temperature: Positive = 4.0
+
+
+class Recover(Strict):
+    """Fine-tuning after a module step.
+
+    Attributes:
+        fit: The training loop.
+        teacher: `original` is the run's first package; `none` trains on labels alone.
+    """
+
+    fit: Fit = Fit(epochs=3, optimizer=AdamW(lr=1e-3))
+    teacher: Literal["original", "none"] = "original"
+    distill: Distill = Distill()
+
+
+class StepConfig(Strict):
+    """What every compression step has; each method's Config adds `method` and its own knobs."""
+
+    name: str | None = None
+
+
+class ModuleStepConfig(StepConfig):
+    """A step on the module's weights, which may be followed by fine-tuning."""
+
+    recover: Recover | None = None
+
+
+Emit = Callable[[Mapping[str, object]], None]
+"""Where the engine sends its events: plain dicts with an ``event`` key, one line of metrics.jsonl each."""

@@ -1,0 +1,4 @@
+from typing import Literal
+from bmctl.schema import Strict
+class Config(Strict):
+    kind: Literal["idx"] = "idx"

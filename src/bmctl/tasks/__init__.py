@@ -1,0 +1,57 @@
+"""One file = one task: what a batch is, its loss, its metric. A new task is a file here and a line in TASKS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType, ModuleType
+from typing import TYPE_CHECKING, Protocol
+
+from bmctl.schema import Strict
+from bmctl.tasks import classify
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import nn
+
+Part = Callable[["np.ndarray"], "np.ndarray"]
+"""A graph as a function of arrays: eager module, ONNX file and engine all look like this to a metric."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one artifact is worth on one split.
+
+    Attributes:
+        metric: Name of the task's metric, larger is better.
+        value: Its value.
+        scores: Per sample, float32 [N]; `value` is their mean. Paired intervals are taken on these.
+        baseline: What a trivial predictor gets on the same split.
+        extra: Further numbers, such as the loss.
+    """
+
+    metric: str
+    value: float
+    scores: np.ndarray
+    baseline: float
+    extra: Mapping[str, float]
+
+
+class Task(Protocol):
+    """A module of this folder. `kind` in Config names it."""
+
+    Config: type[Strict]
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor, *, config: Strict) -> torch.Tensor: ...
+    def score(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Per sample score on the device, for progress display."""
+        ...
+    def distill_loss(self, student: torch.Tensor, teacher: torch.Tensor, *, temperature: float) -> torch.Tensor: ...
+    def parts(self, model: nn.Module) -> dict[str, nn.Module]: ...
+    def evaluate(
+        self, parts: Mapping[str, Part], batches: Iterable[tuple[np.ndarray, np.ndarray]], *, config: Strict
+    ) -> Evaluation: ...
+
+
+TASKS: Mapping[str, ModuleType] = MappingProxyType({"classify": classify})
