@@ -1,0 +1,310 @@
+"""The command line: every command parses, then makes one call into pipeline.
+
+Only typer is imported at the top: `bmctl --help` must cost no more than a bare Typer app.
+"""
+
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="bmctl",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="From a PyTorch model and a data set to a small, fast, proven artifact: one recipe, the whole way.",
+)
+recipes_app = typer.Typer(no_args_is_help=True, help="List, show and copy the built-in recipes.")
+app.add_typer(recipes_app, name="recipes", rich_help_panel="Set up")
+
+Flags = Mapping[str, Any]
+WHOLE, STAGES, PACKAGES, SET_UP = "The whole way", "Stages", "Packages", "Set up"
+
+Source = Annotated[
+    str | None, typer.Argument(metavar="[PACKAGE|RUN|ONNX]", help="What to start from; else the newest run.")
+]
+Method = Annotated[str | None, typer.Option("--method", help="Which method; its knobs are given by --set KNOB=VALUE.")]
+
+
+def common(
+    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="A built-in recipe's name, or a path.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", metavar="RUN", help="The run's directory.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=V", help="Override one value of the recipe; repeatable.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do finished stages again.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Silent on success.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Tracebacks.")] = False,
+) -> None:
+    """The flags that commands share; the fields of pipeline.Options."""
+
+
+COMMON = inspect.signature(common).parameters
+SPEAKING = ("as_json", "quiet", "verbose", "debug")
+
+
+def command(
+    panel: str, *, name: str | None = None, flags: Sequence[str] = tuple(COMMON), to: typer.Typer = app
+) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Register a function as a command that also takes the shared `flags`, handed over as its first argument."""
+
+    def register(function: Callable[..., int]) -> Callable[..., int]:
+        own = [p for p in inspect.signature(function).parameters.values() if p.name != "flags"]
+        shared = [COMMON[flag] for flag in flags]
+
+        @functools.wraps(function)
+        def run(**given: Any) -> int:
+            code = function({flag: given.pop(flag) for flag in flags}, **given)
+            raise typer.Exit(code)
+
+        parameters = [*own, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in shared)]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        to.command(name, rich_help_panel=panel)(run)
+        return function
+
+    return register
+
+
+@command(WHOLE)
+def run(
+    flags: Flags,
+    first: Annotated[str, typer.Option("--from", help="First stage: train, compress, export or infer.")] = "train",
+    last: Annotated[str, typer.Option("--to", help="Last stage.")] = "infer",
+) -> int:
+    """Do every section of a recipe: train, compress, export, infer."""
+    from bmctl import pipeline
+
+    return pipeline.run(pipeline.Options(**flags), first=first, last=last)
+
+
+@command(STAGES)
+def train(flags: Flags) -> int:
+    """Train the recipe's model; the result is a package."""
+    from bmctl import pipeline
+
+    return pipeline.train(pipeline.Options(**flags))
+
+
+@command(STAGES)
+def distribute(
+    flags: Flags,
+    nproc: Annotated[int | None, typer.Option("--nproc", help="Processes on this machine.")] = None,
+) -> int:
+    """Train with several processes: torchrun, run for you."""
+    from bmctl import pipeline
+
+    return pipeline.train(pipeline.Options(**flags), nproc=nproc)
+
+
+@command(STAGES)
+def compress(flags: Flags, source: Source = None) -> int:
+    """Apply the recipe's compression steps in order."""
+    from bmctl import pipeline
+
+    return pipeline.compress(pipeline.Options(**flags), source=source)
+
+
+@command(STAGES)
+def prune(flags: Flags, source: Source = None, method: Method = None) -> int:
+    """Remove channels (structured) or single weights (magnitude)."""
+    from bmctl import pipeline
+
+    return pipeline.compress(pipeline.Options(**flags), source=source, family="prune", method=method)
+
+
+@command(STAGES)
+def quantize(flags: Flags, source: Source = None, method: Method = None) -> int:
+    """Compute in int8 (ptq), or store and compute in fp16 or bf16 (cast)."""
+    from bmctl import pipeline
+
+    return pipeline.compress(pipeline.Options(**flags), source=source, family="quantize", method=method)
+
+
+@command(STAGES)
+def lowrank(flags: Flags, source: Source = None, method: Method = None) -> int:
+    """Factorise layers into two thin ones (svd)."""
+    from bmctl import pipeline
+
+    return pipeline.compress(pipeline.Options(**flags), source=source, family="lowrank", method=method)
+
+
+@command(STAGES)
+def export(
+    flags: Flags,
+    source: Source = None,
+    backends: Annotated[
+        list[str] | None, typer.Option("--backend", help="Only these backends instead of the recipe's; repeatable.")
+    ] = None,
+    tensorrt: Annotated[
+        bool, typer.Option("--tensorrt", help="Also TensorRT where it is installed with a GPU, else TensorRT-RTX.")
+    ] = False,
+) -> int:
+    """Export to ONNX and to every backend; prove, measure and gate each artifact."""
+    from bmctl import pipeline
+
+    return pipeline.export(pipeline.Options(**flags), source=source, backends=backends or (), tensorrt=tensorrt)
+
+
+@command(STAGES)
+def infer(
+    flags: Flags,
+    data: Annotated[
+        str | None,
+        typer.Argument(metavar="[DATA]", help="An image, a folder, an .npz or .csv; else the recipe's infer.data."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="A run, package, .onnx or engine; else the newest run.")
+    ] = None,
+    backend: Annotated[str | None, typer.Option("--backend", help="auto, or one backend's name.")] = None,
+    form: Annotated[str, typer.Option("--format", help="jsonl or csv.")] = "jsonl",
+    to: Annotated[str | None, typer.Option("--to", help="A file instead of stdout.")] = None,
+) -> int:
+    """Predict: JSON lines or CSV with class names and scores."""
+    from bmctl import pipeline
+
+    return pipeline.infer(
+        pipeline.Options(**flags), data=data, model=model, backend=backend, form=form, to=to
+    )
+
+
+@command(PACKAGES, name="import")
+def import_(
+    flags: Flags,
+    source: Annotated[
+        str, typer.Argument(help="timm:NAME, torchvision:NAME, transformers:NAME, a state dict, or an .onnx.")
+    ],
+    model: Annotated[str | None, typer.Option("--model", help="The model that a state dict belongs to.")] = None,
+    match: Annotated[str, typer.Option("--match", help="Match tensors by name or by position.")] = "name",
+) -> int:
+    """Package a pretrained model; a name asks for the download."""
+    from bmctl import pipeline
+
+    return pipeline.import_model(pipeline.Options(**flags), source=source, model=model, match=match)
+
+
+@command(PACKAGES)
+def evaluate(
+    flags: Flags,
+    source: Annotated[
+        str | None, typer.Argument(metavar="[PACKAGE|RUN|DEPLOYED]", help="What to evaluate; else the newest run.")
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="val or test.")] = "val",
+) -> int:
+    """Run the task's metric on a package or a deployed artifact."""
+    from bmctl import pipeline
+
+    return pipeline.evaluate(pipeline.Options(**flags), source=source, split=split)
+
+
+@command(PACKAGES, flags=SPEAKING)
+def report(
+    flags: Flags,
+    source: Annotated[str | None, typer.Argument(metavar="[RUN]", help="Else the newest run.")] = None,
+    form: Annotated[str, typer.Option("--format", help="table, markdown or json.")] = "table",
+) -> int:
+    """Show what a run's packages and artifacts are worth."""
+    from bmctl import pipeline
+
+    return pipeline.report(pipeline.Options(**flags), source=source, form=form)
+
+
+@command(SET_UP, flags=("overrides", *SPEAKING))
+def validate(
+    flags: Flags,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in recipe's name, or a path.")],
+) -> int:
+    """Check a recipe and say everything that is wrong with it."""
+    from bmctl import pipeline
+
+    return pipeline.validate(pipeline.Options(recipe=recipe, **flags))
+
+
+@command(SET_UP, flags=SPEAKING)
+def doctor(flags: Flags) -> int:
+    """Say what this machine can do, and what is missing."""
+    from bmctl import pipeline
+
+    return pipeline.doctor(pipeline.Options(**flags))
+
+
+@command(SET_UP, name="ls", flags=SPEAKING, to=recipes_app)
+def recipes_ls(flags: Flags) -> int:
+    """List the built-in recipes."""
+    from bmctl import pipeline
+
+    return pipeline.recipes_ls(pipeline.Options(**flags))
+
+
+@command(SET_UP, name="show", flags=SPEAKING, to=recipes_app)
+def recipes_show(flags: Flags, name: Annotated[str, typer.Argument(help="A built-in recipe's name.")]) -> int:
+    """Print a built-in recipe."""
+    from bmctl import pipeline
+
+    return pipeline.recipes_show(pipeline.Options(**flags), name=name)
+
+
+@command(SET_UP, name="cp", flags=("overwrite", *SPEAKING), to=recipes_app)
+def recipes_cp(
+    flags: Flags,
+    name: Annotated[str, typer.Argument(help="A built-in recipe's name.")],
+    target: Annotated[str, typer.Argument(help="A file or a directory.")] = ".",
+) -> int:
+    """Copy a built-in recipe, to be edited."""
+    from bmctl import pipeline
+
+    return pipeline.recipes_cp(pipeline.Options(**flags), name=name, target=target)
+
+
+@command(SET_UP, name="schema", flags=SPEAKING, to=recipes_app)
+def recipes_schema(flags: Flags) -> int:
+    """Print the JSON Schema of recipes, for editors."""
+    from bmctl import pipeline
+
+    return pipeline.recipes_schema(pipeline.Options(**flags))
+
+
+def spell(argument: str) -> str:
+    """``--dry_run`` is ``--dry-run``; values after ``=`` are left alone."""
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit code; see errors.py and the README.
+    """
+    arguments = [spell(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    try:
+        app(arguments, prog_name="bmctl")
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BrokenPipeError:
+        code = 0  # `bmctl ... | head` has what it wanted
+    except (Exception, KeyboardInterrupt) as error:
+        from bmctl import pipeline
+
+        code = pipeline.explain(error, arguments)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit: point it where that cannot fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError, AttributeError):
+        code = code or 7  # stdout is closed or full, and its data was lost
+    return code
