@@ -129,7 +129,7 @@ class GatesConfig(Strict):
 class Recipe(Strict):
     name: Name
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    model: ModelConfig
+    model: ModelConfig | None = None
     data: DataConfig | None = None
     task: TaskConfig | None = None
     train: Fit | None = None
