@@ -1,0 +1,86 @@
+"""Signals become a flag that loops look at; a second one, or an overdue stop, ends the stage at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from bmctl.errors import InterruptedRunError
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Stop:
+    """Whether this process was asked to stop.
+
+    Attributes:
+        requested: Number of the first signal received, or None.
+        since: `time.monotonic()` at that moment, or None.
+    """
+
+    def __init__(self) -> None:
+        self.requested: int | None = None
+        self.since: float | None = None
+
+    def request(self, signum: int) -> None:
+        """Ask for a stop at the next border; only the first call counts."""
+        if self.requested is None:
+            self.requested, self.since = signum, time.monotonic()
+
+
+class _Abandoned(BaseException):
+    """Raised out of a handler; not an Exception, so that no library's `except Exception` can swallow it."""
+
+    def __init__(self, signum: int, why: str) -> None:
+        super().__init__(why)
+        self.signum, self.why = signum, why
+
+
+def interrupted(signum: int, why: str) -> InterruptedRunError:
+    """The error for a run that `signum` ended with nothing published: 130 after SIGINT, else 143."""
+    name = signal.Signals(signum).name
+    return InterruptedRunError(f"{name}: {why}", exit_code=130 if signum == signal.SIGINT else 143)
+
+
+@contextmanager
+def catch_signals(*, grace_s: float = 30.0) -> Iterator[Stop]:
+    """Turn SIGTERM, SIGUSR1 and SIGINT into a flag while the block runs.
+
+    Args:
+        grace_s: Seconds after the first signal by which the block must have ended.
+
+    Yields:
+        The flag. Outside of the main thread Python allows no handlers, and the flag can only be set by its user.
+
+    Raises:
+        InterruptedRunError: At a second signal, or when `grace_s` have passed.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def on_signal(signum: int, _frame: FrameType | None) -> None:
+        if stop.requested is not None:
+            raise _Abandoned(signum, "stopped at the second signal; work since the last checkpoint is lost")
+        stop.request(signum)
+        signal.setitimer(signal.ITIMER_REAL, grace_s)
+
+    def on_alarm(_signum: int, _frame: FrameType | None) -> None:
+        assert stop.requested is not None
+        raise _Abandoned(stop.requested, f"no checkpoint could be published within {grace_s:g} s (train.grace_s)")
+
+    before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
+    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, on_alarm)
+    try:
+        yield stop
+    except _Abandoned as gone:
+        raise interrupted(gone.signum, gone.why) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
