@@ -123,7 +123,8 @@ def _references(model: nn.Module, example: torch.Tensor) -> list[tuple[np.ndarra
                 y = model(x)
         except Exception as error:  # any model of any source: its forward may raise anything
             raise UnsupportedError(
-                f"{type(model).__name__} does not run on a batch of {size}: {type(error).__name__}: {_first_line(error)}",
+                f"{type(model).__name__} does not run on a batch of {size}: "
+                f"{type(error).__name__}: {_first_line(error)}",
                 hint="its forward must take any batch size; look for a view or reshape with a fixed first dimension",
             ) from error
         if not isinstance(y, torch.Tensor):
