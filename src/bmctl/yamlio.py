@@ -177,7 +177,9 @@ def read_document(reader: Reader) -> Node:
 
 
 def position(event: yaml.Event) -> Position:
-    return event.start_mark.line + 1, event.start_mark.column + 1
+    mark = event.start_mark
+    assert mark is not None
+    return mark.line + 1, mark.column + 1
 
 
 def refuse(reader: Reader, at: Position, message: str, hint: str = "") -> None:
@@ -188,12 +190,11 @@ def read_node(reader: Reader, event: yaml.Event, *, depth: int) -> Node:
     """The node that begins with `event`, inside `depth` collections."""
     at = position(event)
     if isinstance(event, yaml.AliasEvent):
+        assert event.anchor is not None
         node = reader.anchors.get(event.anchor)
         if node is None:
             # libyaml hands out aliases to nothing, and to what they stand in, just the same.
-            known = (
-                "stands for what it is part of" if event.anchor in reader.anchors else "stands for nothing before it"
-            )
+            known = "contains itself" if event.anchor in reader.anchors else "has no anchor before it"
             raise fatal(f"{reader.name}:{at[0]}:{at[1]}", f"the alias *{event.anchor} {known}", "spell the value out")
         check_budget(reader, at, depth=depth + node.depth, size=node.size)
         return Node(node.value, at, node.size, node.depth)
@@ -219,7 +220,7 @@ def check_budget(reader: Reader, at: Position, *, depth: int, size: int) -> None
     if depth > MAX_DEPTH:
         raise fatal(where, f"nested deeper than {MAX_DEPTH} levels", "is this the right file?")
     if size > MAX_NODES:
-        raise fatal(where, f"more than {MAX_NODES} values once aliases are expanded", "spell the values out")
+        raise fatal(where, f"more than {MAX_NODES} values, aliases expanded", "is this the right file?")
 
 
 def read_sequence(reader: Reader, at: Position, *, depth: int) -> Node:
