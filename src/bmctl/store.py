@@ -20,6 +20,7 @@ from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import Field, ValidationError
 
+from bmctl.disk import check_room as check_room
 from bmctl.disk import (
     disk_errors,
     hidden_sibling,
@@ -29,7 +30,6 @@ from bmctl.disk import (
     sync_directory,
     sync_tree,
 )
-from bmctl.disk import check_room as check_room
 from bmctl.disk import locked as locked
 from bmctl.disk import replace_link as replace_link
 from bmctl.disk import write_atomic as write_atomic

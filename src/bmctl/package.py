@@ -1,0 +1,318 @@
+"""A model package: an immutable directory with a manifest. Verified when opened, rebuilt without pickle.
+
+Files: manifest.json, recipe.yaml (resolved), and weights.safetensors, or model.onnx where it is frozen.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from bmctl import __version__, store
+from bmctl.errors import BmctlError, PackageError, RecipeError, UnsupportedError
+from bmctl.methods import METHODS
+from bmctl.models import ModelSpec
+from bmctl.schema import Many, Preprocess, Strict, TensorSpec
+from bmctl.store import FileRecord
+from bmctl.weights import load_weights, save_weights
+
+if TYPE_CHECKING:
+    from torch import nn
+
+RECIPE = "recipe.yaml"
+WEIGHTS = "weights.safetensors"
+GRAPH = "model.onnx"
+_RECORDED = ("torch", "torchvision", "timm", "transformers", "numpy", "safetensors", "onnx", "nncf", "torch-pruning")
+
+
+class Structure(Strict):
+    """One compression step that a package went through: its configuration and what `restore` needs of it."""
+
+    step: dict[str, Any]
+    meta: dict[str, Any]
+
+
+class Manifest(Strict):
+    """What a package is.
+
+    Attributes:
+        format: Of this file; a newer one is refused.
+        stage: Name of the stage that made the package, such as ``train``.
+        key: Hash of all inputs of that stage; equal keys mean that there is nothing to do again.
+        parent: Hash of the package it was made from.
+        original: Hash of the run's first package; None in that one.
+        model: How to build the module; None for a foreign graph.
+        frozen: Carries a graph in place of weights.
+        aliases: Tensors that share another one's memory (tied weights): their names, and the one that is stored.
+        history: Compression steps, oldest first.
+        metrics: ``val`` {metric, value, low, high, baseline}, num_params, macs, size_bytes, latency_ms, ...
+        files: Every other file of the package.
+    """
+
+    format: Literal[1] = 1
+    bmctl: str = __version__
+    stage: str
+    key: str
+    parent: str | None = None
+    original: str | None = None
+    model: ModelSpec | None = None
+    frozen: bool = False
+    inputs: Many[TensorSpec] = ()
+    outputs: Many[TensorSpec] = ()
+    preprocess: Preprocess | None = None
+    class_names: Many[str] = ()
+    task: dict[str, Any] | None = None
+    history: Many[Structure] = ()
+    aliases: dict[str, str] = Field(default_factory=dict)
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    data_fingerprint: str | None = None
+    calibration: dict[str, Any] | None = None
+    notes: Many[str] = ()
+    versions: dict[str, str] = Field(default_factory=dict)
+    files: dict[str, FileRecord] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelPackage:
+    path: Path
+    manifest: Manifest
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the manifest: the package's identity."""
+        return store.manifest_hash(self.path)
+
+    @property
+    def weights(self) -> Path:
+        return self.path / WEIGHTS
+
+    @property
+    def graph(self) -> Path:
+        return self.path / GRAPH
+
+
+# -- reading ----------------------------------------------------------------------------------------
+
+
+def open_package(path: Path, *, verify: bool = True) -> ModelPackage:
+    """Open a package's directory.
+
+    Args:
+        path: The directory.
+        verify: Hash every file; False only where that was just done.
+
+    Raises:
+        PackageError: Missing, corrupt, incomplete, too new, or not a package.
+    """
+    manifest = store.read_manifest(path, Manifest)
+    needed = {RECIPE, GRAPH if manifest.frozen else WEIGHTS}
+    for name in sorted(needed - set(manifest.files)):
+        raise PackageError(f"{path / store.MANIFEST} does not record {name}, without which a package is none")
+    if not manifest.frozen and manifest.model is None:
+        raise PackageError(f"{path / store.MANIFEST} has weights but does not say of which model")
+    if verify:
+        store.verify(path, manifest.files)
+    return ModelPackage(path=path, manifest=manifest)
+
+
+def list_packages(run: Path) -> list[Path]:
+    """The packages of a run, oldest stage first."""
+    folder = run / "packages"
+    found = [path for path in folder.iterdir() if _number(path) is not None] if folder.is_dir() else []
+    return sorted(found, key=lambda path: (_number(path), path.name))
+
+
+def find_package(source: str | Path) -> ModelPackage:
+    """The package that `source` means: itself, or the newest one of a run.
+
+    Raises:
+        PackageError: There is nothing, a run without packages, or something else; or the package is corrupt.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise PackageError(f"there is no package or run at {path}", hint="list yours with: ls -d runs/*")
+    if not path.is_dir():
+        raise PackageError(
+            f"{path} is a file; a package is a directory with a {store.MANIFEST}{store.foreign_note(path)}",
+            hint=f"import it first: bmctl import {path} -o RUN",
+        )
+    if _is_run(path):
+        packages = list_packages(path)
+        if not packages:
+            raise PackageError(
+                f"the run {path} has no package yet", hint=f"bmctl train --recipe {path / RECIPE} -o {path}"
+            )
+        return open_package(packages[-1])
+    if not (path / store.MANIFEST).exists():
+        raise PackageError(
+            f"{path} is neither a package nor a run: it has no {store.MANIFEST}", hint="list yours with: ls -d runs/*"
+        )
+    return open_package(path)
+
+
+def load_model(package: ModelPackage) -> nn.Module:
+    """Build the package's module, replay its structure, load its weights strictly; on the CPU, in eval mode.
+
+    Raises:
+        UnsupportedError: The package is frozen.
+        PackageError: Weights and model do not fit, or are not finite, or the file is not safetensors.
+    """
+    manifest = package.manifest
+    if manifest.frozen or manifest.model is None:
+        parent = f"its parent {manifest.parent[:12]}" if manifest.parent else "the model that it was exported from"
+        raise UnsupportedError(
+            f"{package.path} is frozen: it holds a graph (made by {manifest.stage}), which has no weights to train on",
+            hint=f"start from {parent}; to train with quantization in the loop use the method qat there",
+        )
+    model = _build(package, manifest.model)
+    for structure in manifest.history:
+        _replay(model, structure, package=package)
+    load_weights(model, package.weights, aliases=manifest.aliases)
+    return model.eval()
+
+
+def _build(package: ModelPackage, spec: ModelSpec) -> nn.Module:
+    from bmctl import models
+
+    try:
+        return models.build(spec)
+    except (RecipeError, TypeError, ValueError, RuntimeError, KeyError, AttributeError, AssertionError) as error:
+        raise PackageError(
+            f"{package.path}: its model {spec.name} cannot be built here: {error}",
+            hint=f"it was made with {_of_versions(package.manifest.versions)}",
+        ) from error
+
+
+def _replay(model: nn.Module, structure: Structure, *, package: ModelPackage) -> None:
+    name = structure.step.get("method")
+    method = METHODS.get(name) if isinstance(name, str) else None
+    if method is None or method.LEVEL != "module":
+        raise PackageError(f"{package.path}: its history names the step {name!r}, which no module can go through")
+    try:
+        config = method.Config.model_validate_json(json.dumps(structure.step))
+        method.restore(model, config, structure.meta)
+    except BmctlError:
+        raise
+    except (ValidationError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        raise PackageError(f"{package.path}: the step {name} of its history cannot be replayed: {error}") from error
+
+
+# -- writing ----------------------------------------------------------------------------------------
+
+
+def save_package(
+    target: Path,
+    *,
+    manifest: Manifest,
+    recipe_yaml: str,
+    model: nn.Module | None = None,
+    graph: Path | None = None,
+    graph_data: Sequence[str] = (),
+    overwrite: bool = False,
+) -> ModelPackage:
+    """Publish a package; exactly one of `model` and `graph` is given.
+
+    Args:
+        target: The package's directory, such as RUN/packages/00-train.
+        manifest: All but `files`, `aliases`, `frozen` and `versions`, which are filled in here.
+        recipe_yaml: The resolved recipe.
+        model: Its parameters and buffers are saved; on any device.
+        graph: An ONNX file; the package is frozen.
+        graph_data: Names of the graph's external data files, beside it.
+        overwrite: Replace an existing package.
+
+    Raises:
+        DivergedError: A weight is nan or inf.
+        ResourceError: The target exists, or the disk is full, read-only or not ours.
+    """
+    if (model is None) == (graph is None):
+        raise ValueError("a package holds a model or a graph")
+    aliases: dict[str, str] = Field(default_factory=dict)
+    with store.publishing(target, overwrite=overwrite) as temporary:
+        (temporary / RECIPE).write_text(recipe_yaml, encoding="utf-8")
+        if model is not None:
+            aliases = save_weights(model, temporary / WEIGHTS)
+        if graph is not None:
+            for name in graph_data:
+                store.check_name(name, where=graph)
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(graph.parent / name, temporary / name)
+            shutil.copyfile(graph, temporary / GRAPH)
+        fields = manifest.model_dump() | {
+            "frozen": graph is not None,
+            "aliases": aliases,
+            "versions": installed_versions(),
+            "files": {name: record.model_dump() for name, record in store.records(temporary).items()},
+        }
+        manifest = Manifest.model_validate_json(json.dumps(fields, allow_nan=False))
+        store.write_manifest(temporary, manifest)
+    return ModelPackage(path=target, manifest=manifest)
+
+
+def derive(
+    parent: ModelPackage,
+    *,
+    stage: str,
+    key: str,
+    structure: Structure,
+    metrics: Mapping[str, Any],
+    calibration: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
+) -> Manifest:
+    """The manifest of a package that one more step makes of `parent`, to be handed to `save_package`."""
+    old = parent.manifest
+    return old.model_copy(
+        update={
+            "bmctl": __version__,
+            "stage": stage,
+            "key": key,
+            "parent": parent.hash,
+            "original": old.original or parent.hash,
+            "history": (*old.history, structure),
+            "metrics": dict(metrics),
+            "calibration": dict(calibration) if calibration is not None else None,
+            "notes": tuple(notes),
+        }
+    )
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a saved model depends on, without importing them."""
+    found = {"python": platform.python_version()}
+    for name in _RECORDED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+# -- details ----------------------------------------------------------------------------------------
+
+
+def _number(path: Path) -> int | None:
+    found = re.match(r"(\d+)-", path.name)
+    return int(found[1]) if found and path.is_dir() else None
+
+
+def _is_run(path: Path) -> bool:
+    """A run has packages/ or says so in its manifest; a package with a lost file is still a package."""
+    if (path / "packages").is_dir():
+        return True
+    try:
+        return json.loads((path / store.MANIFEST).read_bytes()).get("kind") == "run"
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+def _of_versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {versions[name]}" for name in ("torch", "torchvision", "timm") if name in versions)
