@@ -1,0 +1,100 @@
+"""Quality gates: what a shipped artifact must hold, judged on a report.
+
+Gates are judged on point estimates: the interval tells how sure that is, and is part of the verdict, so that a
+gate neither fails good artifacts for being measured on few samples nor hides that it was a close call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from bmctl.errors import GateError
+from bmctl.page import drop_text, gate_text, ratio_text
+from bmctl.rows import Comparison, GateResult, Report, Row
+
+if TYPE_CHECKING:
+    from bmctl.recipe import GatesConfig
+
+NAMES = ("max_drop", "min_speedup", "max_size_bytes", "max_latency_ms")
+ROUNDING = 1e-9
+"""A drop of exactly the limit passes, whatever the last bit of a difference of means says."""
+
+
+def check(gates: GatesConfig, report: Report) -> tuple[GateResult, ...]:
+    """Judge every shipped artifact, never the original's, by every gate that the recipe sets.
+
+    Args:
+        gates: The recipe's section.
+        report: What was measured. An artifact that was not run fails all gates but size, unless `gates.allow_unrun`.
+
+    Returns:
+        One result per gate and artifact; one failed result per gate where there is no artifact at all.
+    """
+    limits = {name: float(limit) for name in NAMES if (limit := getattr(gates, name)) is not None}
+    shipped = [row for row in report.artifacts if not row.is_original]
+    if not shipped:
+        return tuple(GateResult(n, "-", limit, None, False, "no artifact was exported") for n, limit in limits.items())
+    return tuple(
+        _judge(name, limit, row, allow_unrun=gates.allow_unrun) for row in shipped for name, limit in limits.items()
+    )
+
+
+def raise_for(results: Sequence[GateResult]) -> None:
+    """Raise when a gate failed.
+
+    Raises:
+        GateError: Names every failed gate, with value and limit.
+    """
+    failed = [result for result in results if not result.passed]
+    if not failed:
+        return
+    lines = [
+        f"  {r.artifact} {r.name}: {gate_text(r.name, r.value)}, limit {gate_text(r.name, r.limit)}; {r.why}"
+        for r in failed
+    ]
+    unrun = any(r.value is None and r.why.startswith("built, not run") for r in failed)
+    hint = (
+        "set gates.allow_unrun=true to let pass what cannot run here" if unrun else "compress less, or recover longer"
+    )
+    raise GateError(
+        "\n".join([f"{len(failed)} of {len(results)} gates failed:", *lines]),
+        hint=f"{hint}; or change the limit: --set gates.{failed[0].name}=...",
+    )
+
+
+def _judge(name: str, limit: float, row: Row, *, allow_unrun: bool) -> GateResult:
+    if row.status != "ran" and name != "max_size_bytes":
+        reason = f": {row.reason}" if row.reason else ""
+        allowed = "; gates.allow_unrun lets it pass" if allow_unrun else ""
+        return GateResult(name, row.name, limit, None, allow_unrun, f"{row.status}{reason}{allowed}")
+    value, text, interval = _measured(name, row)
+    if value is None:
+        return GateResult(name, row.name, limit, None, False, text)
+    at_least = name.startswith("min_")
+    passed = value >= limit - ROUNDING if at_least else value <= limit + ROUNDING
+    return GateResult(name, row.name, limit, value, passed, text + _doubt(interval, limit))
+
+
+def _measured(name: str, row: Row) -> tuple[float | None, str, Comparison | None]:
+    """The value that a gate judges, in words, with its interval; None and why where there is none."""
+    if name == "max_size_bytes":
+        return row.size_bytes, gate_text(name, row.size_bytes), None
+    if name == "max_latency_ms":
+        if row.latency is None:
+            return None, "its latency was not measured", None
+        return row.latency.p50_ms, f"median of {row.latency.num_rounds} rounds", None
+    if name == "min_speedup":
+        if row.speedup is None:
+            return None, "not measured against the original on the same runtime (export.baseline)", None
+        return row.speedup.value, ratio_text(row.speedup, wide=True), row.speedup
+    if row.drop is None or row.drop.split != "test" or row.test is None:
+        return None, "not compared with the first package on test data", None
+    unit = " points" if row.test.is_share else ""
+    return row.drop.value, drop_text(row.drop, is_share=row.test.is_share) + unit, row.drop
+
+
+def _doubt(interval: Comparison | None, limit: float) -> str:
+    if interval is None or interval.low is None or interval.high is None:
+        return ""
+    return "; the interval holds the limit, so this is not certain" if interval.low < limit < interval.high else ""

@@ -1,0 +1,261 @@
+"""A report as words and tables: the cells that the console shows, and the Markdown page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bmctl.rows import Comparison, GateResult, Metric, Report, Row
+
+NOTHING = "-"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; the columns of `words`, by position, are read from the left, the others are numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    words: tuple[int, ...] = (0,)
+
+
+# -- numbers as text ----------------------------------------------------------------------------------
+
+
+def size_text(size_bytes: int | None) -> str:
+    """``121 kB``; SI units, as disks are sold."""
+    if size_bytes is None:
+        return NOTHING
+    if size_bytes < 1000:
+        return f"{size_bytes} B"
+    kilobytes = size_bytes / 1000
+    return f"{kilobytes:,.0f} kB" if kilobytes < 10_000 else f"{kilobytes / 1000:,.1f} MB"
+
+
+def count_text(count: int | None) -> str:
+    """``315 k``, ``11.7 M``."""
+    if count is None:
+        return NOTHING
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            digits = 0 if count >= 100 * size else 1
+            return f"{count / size:.{digits}f} {unit}"
+    return str(count)
+
+
+def metric_text(metric: Metric | None, *, wide: bool) -> str:
+    """``89.5 %``, and with its interval when `wide`."""
+    if metric is None:
+        return NOTHING
+    scale, unit, digits = (100, " %", 1) if metric.is_share else (1, "", 4)
+    text = f"{metric.value * scale:.{digits}f}{unit}"
+    return text + _interval_text(metric.low, metric.high, scale, digits) if wide else text
+
+
+def drop_text(drop: Comparison | None, *, is_share: bool, wide: bool = True) -> str:
+    """``0.3 [-0.2, 0.8]``: points of a hundred for a share of samples."""
+    if drop is None:
+        return NOTHING
+    scale, digits = (100, 1) if is_share else (1, 4)
+    text = f"{drop.value * scale + 0.0:.{digits}f}"
+    text = text.lstrip("-") if float(text) == 0 else text
+    return text + _interval_text(drop.low, drop.high, scale, digits) if wide else text
+
+
+def ratio_text(ratio: Comparison | None, *, wide: bool) -> str:
+    """``2.7x``, and with its interval when `wide`."""
+    if ratio is None:
+        return NOTHING
+    return f"{ratio.value:.1f}x" + (_interval_text(ratio.low, ratio.high, 1, 1) if wide else "")
+
+
+def gate_text(name: str, value: float | None) -> str:
+    """A gate's limit or value with its unit."""
+    if value is None:
+        return NOTHING
+    if name == "max_drop":
+        return f"{value * 100:.2f} points"
+    if name == "max_size_bytes":
+        return size_text(int(value))
+    return f"{value:.2f}x" if name == "min_speedup" else f"{value:.2f} ms"
+
+
+def _interval_text(low: float | None, high: float | None, scale: float, digits: int) -> str:
+    if low is None or high is None:
+        return ""
+    return f" [{low * scale:.{digits}f}, {high * scale:.{digits}f}]"
+
+
+# -- tables --------------------------------------------------------------------------------------------
+
+
+def package_table(report: Report, *, wide: bool = True) -> Table:
+    """One line per stage: what the model is, and what it is worth in eager fp32 or as its own graph."""
+    name, share = _metric_name(report)
+    columns = ("stage", "params", "MACs", "size", f"val {name}", f"test {name}", f"drop{' (points)' if share else ''}")
+    rows = [
+        (
+            row.name.rpartition("/")[2],
+            count_text(row.num_params),
+            count_text(row.macs),
+            size_text(row.size_bytes),
+            metric_text(row.val, wide=wide),
+            metric_text(row.test, wide=wide),
+            drop_text(row.drop, is_share=share),
+        )
+        for row in report.packages
+    ]
+    return Table("Packages", columns, tuple(rows))
+
+
+def artifact_table(report: Report, *, wide: bool = True) -> Table:
+    """One line per deployed artifact, the uncompressed model's beside the shipped one on each runtime."""
+    name, share = _metric_name(report)
+    latency = "p50 / p90 / p99 ms" if wide else "p50 ms"
+    columns = (
+        "runtime",
+        "model",
+        "size",
+        f"{_split(report)} {name}",
+        f"drop{' (points)' if share else ''}",
+        latency,
+        "samples/s",
+        "speedup",
+        "vs ORT" if not wide else "vs original on ONNX Runtime",
+    )
+    return Table(
+        "Artifacts", columns, tuple(_artifact_cells(row, report, share, wide) for row in report.artifacts), (0, 1)
+    )
+
+
+def _artifact_cells(row: Row, report: Report, share: bool, wide: bool) -> tuple[str, ...]:
+    model = f"{'original' if row.is_original else 'shipped'} {row.precision or ''}".strip()
+    head = (row.backend or row.name, model, size_text(row.size_bytes))
+    if row.status != "ran":
+        return (*head, row.status, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING)
+    latency = NOTHING
+    if row.latency:
+        times = (row.latency.p50_ms, row.latency.p90_ms, row.latency.p99_ms)
+        latency = " / ".join(f"{time:.2f}" for time in (times if wide else times[:1]))
+    return (
+        *head,
+        metric_text(row.test if _split(report) == "test" else row.val, wide=wide),
+        drop_text(row.drop, is_share=share),
+        latency,
+        f"{row.samples_per_s:,.0f}" if row.samples_per_s else NOTHING,
+        ratio_text(row.speedup, wide=wide),
+        ratio_text(row.speedup_over_onnxruntime, wide=wide),
+    )
+
+
+def gate_table(results: Sequence[GateResult]) -> Table:
+    """One line per gate and artifact."""
+    rows = [
+        (
+            "pass" if result.passed else "FAIL",
+            result.name,
+            result.artifact.removeprefix("deploy/"),
+            gate_text(result.name, result.limit),
+            gate_text(result.name, result.value),
+            result.why,
+        )
+        for result in results
+    ]
+    return Table("Gates", ("", "gate", "artifact", "limit", "value", "why"), tuple(rows), (0, 1, 2, 5))
+
+
+def _split(report: Report) -> str:
+    return "test" if any(row.test for row in report.rows) else "val"
+
+
+def _metric_name(report: Report) -> tuple[str, bool]:
+    metric = next((m for row in report.rows for m in (row.test, row.val) if m), None)
+    return (metric.name, metric.is_share) if metric else ("metric", True)
+
+
+# -- words ---------------------------------------------------------------------------------------------
+
+
+def summary(report: Report) -> list[str]:
+    """What a reader wants to know first, one sentence each."""
+    sentences = []
+    first = next(iter(report.packages), None)
+    metric = first and (first.test or first.val)
+    if first and metric:
+        split = "test" if first.test else "val"
+        trivial = f"; a trivial predictor gets {_plain(metric, metric.trivial)}" if metric.trivial is not None else ""
+        count = f" on {metric.num_samples:,} {split} samples" if metric.num_samples else f" on {split}"
+        sentences.append(
+            f"{first.stage or first.name}: {metric.name} {metric_text(metric, wide=True)}{count}{trivial}."
+        )
+    ran = [row for row in report.artifacts if row.samples_per_s and not row.is_original]
+    if ran:
+        best = max(ran, key=lambda row: row.samples_per_s or 0)
+        sentences.append(_praise(best, first))
+    return sentences
+
+
+def unrun(report: Report) -> list[str]:
+    """What was built here and not run, and what proves it elsewhere."""
+    return [
+        f"{row.name}: {row.status}{f' ({row.reason})' if row.reason else ''}"
+        + (f"; on the target machine: {row.command_elsewhere}" if row.command_elsewhere else "")
+        for row in report.artifacts
+        if row.status != "ran"
+    ]
+
+
+def _praise(best: Row, first: Row | None) -> str:
+    words = f"Fastest here: {best.backend} {best.precision or ''}, {best.samples_per_s:,.0f} samples/s".replace(
+        " ,", ","
+    )
+    if best.speedup:
+        words += f", {ratio_text(best.speedup, wide=True)} the original on the same runtime"
+    if best.speedup_over_onnxruntime and best.backend != "onnxruntime":
+        words += f", {ratio_text(best.speedup_over_onnxruntime, wide=True)} the original on ONNX Runtime"
+    if first and first.size_bytes and best.size_bytes:
+        words += f"; {size_text(best.size_bytes)}, {first.size_bytes / best.size_bytes:.1f} times smaller than trained"
+    if best.drop:
+        metric = best.test or best.val
+        share = metric is None or metric.is_share
+        words += f"; it drops {drop_text(best.drop, is_share=share)}{' points' if share else ''}"
+    return words + "."
+
+
+def _plain(metric: Metric, value: float) -> str:
+    return f"{value * 100:.1f} %" if metric.is_share else f"{value:.4f}"
+
+
+HOW_TO_READ = (
+    "Brackets hold 95 % intervals: Wilson's for a share of samples; the adjusted Wald interval of matched pairs for a "
+    "drop, which compares the same samples with the first package; a bootstrap over interleaved rounds for a speedup, "
+    "which compares samples per second with the original on the same runtime. A positive drop is a loss."
+)
+
+
+def to_markdown(report: Report) -> str:
+    """The report as a page: what matters first, then tables, then what was not done, then how to read it."""
+    lines = [f"# {report.run.rstrip('/').rpartition('/')[2]}", ""]
+    lines += [f"- {sentence}" for sentence in summary(report)]
+    failed = [result for result in report.gates if not result.passed]
+    if report.gates:
+        verdict = f"{len(failed)} of {len(report.gates)} gates failed." if failed else "All gates passed."
+        lines.append(f"- {verdict}")
+    for table in (package_table(report), artifact_table(report), gate_table(report.gates)):
+        if table.rows:
+            lines += ["", f"## {table.title}", "", *_markdown_table(table)]
+    for title, items in (("Not run", unrun(report)), ("Notes", report.notes)):
+        if items:
+            lines += ["", f"## {title}", "", *(f"- {item}" for item in items)]
+    lines += ["", "## How to read this", "", HOW_TO_READ]
+    if report.batch_size:
+        machine = ", ".join(f"{key} {value}" for key, value in report.machine.items())
+        lines += ["", f"Latency is of one batch of {report.batch_size} samples, taken on: {machine or 'this machine'}."]
+    return "\n".join([*lines, "", f"Made by bmctl {report.bmctl}.", ""])
+
+
+def _markdown_table(table: Table) -> list[str]:
+    rules = [":--" if position in table.words else "--:" for position in range(len(table.columns))]
+    rows = [table.columns, rules, *table.rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]

@@ -1,0 +1,312 @@
+"""What every stage and artifact of a run is worth: manifests, evaluations and timings, put side by side.
+
+All of it is read from the run's directory, so that a report can be made again at any time. torch-free.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from bmctl import __version__, store
+from bmctl.errors import PackageError
+from bmctl.page import to_markdown
+from bmctl.rows import (
+    ORIGINAL,
+    Comparison,
+    GateResult,
+    Latency,
+    Measurements,
+    Metric,
+    Report,
+    Row,
+    Timing,
+    to_json,
+    with_gates,
+)
+
+if TYPE_CHECKING:
+    from bmctl.engine.scores import Scored
+
+__all__ = [
+    "Comparison",
+    "GateResult",
+    "Latency",
+    "Measurements",
+    "Metric",
+    "Report",
+    "Row",
+    "Timing",
+    "collect",
+    "to_json",
+    "to_markdown",
+    "with_gates",
+]
+
+FEW_ROUNDS = 6
+Manifest = dict[str, Any]
+
+
+@dataclass
+class _Found:
+    """What was read so far.
+
+    Attributes:
+        hashes: Row name to the hashes that its evaluations may be filed under.
+        scored: (hash, split) to an evaluation.
+    """
+
+    run: Path
+    hashes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    scored: dict[tuple[str, str], Scored] = field(default_factory=dict)
+    timings: Measurements | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def evaluation(self, row: str, split: str) -> Scored | None:
+        return next((self.scored[h, split] for h in self.hashes[row] if (h, split) in self.scored), None)
+
+
+def collect(run: Path) -> Report:
+    """The report of what lies in a run's directory now, without verdicts of gates.
+
+    Raises:
+        PackageError: A manifest or the measurements are not readable.
+    """
+    found = _Found(run)
+    _read_evaluations(found)
+    found.timings = _read_timings(run)
+    packages = [_package_row(found, path) for path in _directories(run / "packages")]
+    if packages:
+        packages[0] = dataclasses.replace(packages[0], is_original=True)
+    artifacts = [_artifact_row(found, path, packages) for path in _artifact_directories(run)]
+    rows = [_with_metrics(found, row) for row in (*packages, *artifacts)]
+    if packages:
+        rows = [_with_drop(found, row, versus=rows[0]) for row in rows]
+    rows = _with_speeds(found, rows)
+    timings = found.timings
+    return Report(
+        run=str(run),
+        bmctl=__version__,
+        batch_size=timings.batch_size if timings else None,
+        machine=timings.machine if timings else {},
+        rows=tuple(rows),
+        notes=tuple(dict.fromkeys(found.notes)),
+    )
+
+
+# -- reading -----------------------------------------------------------------------------------------
+
+
+def _directories(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name != ORIGINAL)
+
+
+def _artifact_directories(run: Path) -> Iterator[Path]:
+    """Per runtime the original's artifact, then the shipped one."""
+    originals = {path.name: path for path in _directories(run / "deploy" / ORIGINAL)}
+    shipped = {path.name: path for path in _directories(run / "deploy")}
+    for name in dict.fromkeys(sorted([*originals, *shipped])):
+        yield from (folder[name] for folder in (originals, shipped) if name in folder)
+
+
+def _read_manifest(directory: Path) -> Manifest:
+    path = directory / "manifest.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise PackageError(f"{path} cannot be read: {error}", hint="make it again: --overwrite") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise PackageError(f"{path} is not a manifest of bmctl", hint="make it again: --overwrite")
+    return manifest
+
+
+def _read_evaluations(found: _Found) -> None:
+    from bmctl.engine import scores
+
+    for path, scored in scores.read_all(found.run):
+        if isinstance(scored, str):
+            found.notes.append(f"{path.relative_to(found.run)} was left out: {scored}")
+        else:
+            found.scored[scored.key.artifact, scored.key.split] = scored
+
+
+def _read_timings(run: Path) -> Measurements | None:
+    path = run / "measurements.json"
+    if not path.exists():
+        return None
+    try:
+        return Measurements.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise PackageError(f"{path} cannot be read: {error}", hint="measure again: bmctl export --overwrite") from error
+
+
+# -- rows --------------------------------------------------------------------------------------------
+
+
+def _package_row(found: _Found, path: Path) -> Row:
+    manifest = _read_manifest(path)
+    metrics = manifest.get("metrics") or {}
+    name = f"packages/{path.name}"
+    found.hashes[name] = _hashes(path, manifest)
+    frozen = bool(manifest.get("frozen"))
+    return Row(
+        name=name,
+        kind="package",
+        stage=manifest.get("stage"),
+        backend=None,
+        is_original=False,
+        precision=metrics.get("precision"),
+        num_params=metrics.get("num_params"),
+        macs=metrics.get("macs"),
+        size_bytes=metrics.get("size_bytes") or _size(manifest, "model." if frozen else "weights."),
+        val=_manifest_metric(metrics.get("val")),
+        test=_manifest_metric(metrics.get("test")),
+    )
+
+
+def _artifact_row(found: _Found, path: Path, packages: list[Row]) -> Row:
+    manifest = _read_manifest(path)
+    name = str(path.relative_to(found.run))
+    found.hashes[name] = _hashes(path, manifest)
+    origin = next((row for row in packages if manifest.get("package") in found.hashes[row.name]), None)
+    if origin is None:
+        found.notes.append(f"{name} was built from a package that is no longer in this run: export again")
+    return Row(
+        name=name,
+        kind="artifact",
+        stage=origin.stage if origin else None,
+        backend=manifest.get("backend"),
+        is_original=path.parent.name == ORIGINAL,
+        precision=manifest.get("precision"),
+        num_params=origin.num_params if origin else None,
+        macs=origin.macs if origin else None,
+        size_bytes=_size(manifest, "model."),
+        status=manifest.get("status", "ran"),
+        reason=manifest.get("reason") or "",
+        command_elsewhere=manifest.get("command_elsewhere") or "",
+    )
+
+
+def _hashes(path: Path, manifest: Manifest) -> tuple[str, ...]:
+    """The manifest's hash, then those of the files that compute: an evaluation may be filed under any."""
+    files = manifest["files"]
+    return (store.manifest_hash(path), *(files[name]["sha256"] for name in sorted(files) if _computes(name)))
+
+
+def _computes(name: str) -> bool:
+    return name.startswith(("model.", "weights."))
+
+
+def _size(manifest: Manifest, prefix: str) -> int | None:
+    sizes = [record["size_bytes"] for name, record in manifest["files"].items() if name.startswith(prefix)]
+    return sum(sizes) if sizes else None
+
+
+def _manifest_metric(value: Mapping[str, Any] | None) -> Metric | None:
+    if not value:
+        return None
+    return Metric(
+        name=value["metric"],
+        value=value["value"],
+        low=value.get("low"),
+        high=value.get("high"),
+        num_samples=value.get("num_samples"),
+        trivial=value.get("baseline"),
+        is_share=value["metric"] == "accuracy",
+    )
+
+
+def _with_metrics(found: _Found, row: Row) -> Row:
+    from bmctl.engine.scores import unpack_scores
+    from bmctl.engine.stats import is_binary, mean_interval
+
+    metrics = {}
+    for split in ("val", "test"):
+        scored = found.evaluation(row.name, split)
+        if scored is None:
+            continue
+        scores = unpack_scores(scored)
+        low, high = mean_interval(scores)
+        metrics[split] = Metric(
+            scored.metric, scored.value, low, high, scored.num_samples, scored.baseline, is_share=is_binary(scores)
+        )
+    return dataclasses.replace(row, **metrics)  # type: ignore[arg-type]
+
+
+# -- comparisons -------------------------------------------------------------------------------------
+
+
+def _with_drop(found: _Found, row: Row, *, versus: Row) -> Row:
+    from bmctl.engine.scores import unpack_scores
+    from bmctl.engine.stats import paired_interval
+
+    if row.name == versus.name:
+        return row
+    for split in ("test", "val"):
+        mine, theirs = found.evaluation(row.name, split), found.evaluation(versus.name, split)
+        if mine is None or theirs is None:
+            continue
+        if mine.key.samples != theirs.key.samples:
+            found.notes.append(f"{row.name} and {versus.name} were scored on other {split} samples: no drop is given")
+            continue
+        low, high = paired_interval(unpack_scores(theirs), unpack_scores(mine))
+        drop = Comparison(theirs.value - mine.value, low, high, versus=versus.name, split=split)
+        return dataclasses.replace(row, drop=drop)
+    return row
+
+
+def _with_speeds(found: _Found, rows: list[Row]) -> list[Row]:
+    if found.timings is None:
+        return rows
+    timings = _timings_by_row(found)
+    if any(len(timing.samples_ms) < FEW_ROUNDS for timing in timings.values()):
+        found.notes.append(f"speeds were taken in fewer than {FEW_ROUNDS} rounds: their intervals are too narrow")
+    return [_with_speed(found, row, timings) if row.name in timings else row for row in rows]
+
+
+def _timings_by_row(found: _Found) -> dict[str, Timing]:
+    assert found.timings is not None
+    timings = {}
+    for name, timing in found.timings.artifacts.items():
+        row = f"deploy/{name}"
+        if row not in found.hashes:
+            found.notes.append(f"measurements.json times {name}, which is no longer there")
+        elif timing.artifact is not None and timing.artifact not in found.hashes[row]:
+            found.notes.append(f"{row} was built again after it was timed: its speed is left out")
+        else:
+            timings[row] = timing
+    return timings
+
+
+def _with_speed(found: _Found, row: Row, timings: Mapping[str, Timing]) -> Row:
+    timing = timings[row.name]
+    same, onnxruntime = (f"deploy/{ORIGINAL}/{backend}" for backend in (row.backend, "onnxruntime"))
+    return dataclasses.replace(
+        row,
+        latency=Latency(timing.p50_ms, timing.p90_ms, timing.p99_ms, num_rounds=len(timing.samples_ms)),
+        samples_per_s=timing.throughput,
+        speedup=None if row.is_original else _speedup(found, row.name, same, timings),
+        speedup_over_onnxruntime=None if row.name == onnxruntime else _speedup(found, row.name, onnxruntime, timings),
+    )
+
+
+def _speedup(found: _Found, row: str, versus: str, timings: Mapping[str, Timing]) -> Comparison | None:
+    """How many times faster `row` is: ratio of the medians of the same rounds."""
+    from bmctl.engine.stats import ratio_interval
+
+    if versus not in timings:
+        return None
+    slow, fast = timings[versus], timings[row]
+    if len(slow.samples_ms) != len(fast.samples_ms):
+        found.notes.append(f"{row} and {versus} were not timed in the same rounds: no speedup is given")
+        return None
+    low, high = ratio_interval(slow.samples_ms, fast.samples_ms)
+    return Comparison(slow.p50_ms / fast.p50_ms, low, high, versus=versus)

@@ -1,0 +1,194 @@
+"""What a report is made of: one row per stage and artifact, as plain data, and its JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bmctl.schema import Count, Many, Positive, Strict
+
+ORIGINAL = "baseline"
+"""Folder below RUN/deploy that holds the uncompressed model's artifacts."""
+
+# -- the measurements that a pipeline leaves for the report -----------------------------------------
+
+
+class Timing(Strict):
+    """One artifact's latency of one batch, in rounds interleaved with the others'.
+
+    Attributes:
+        samples_ms: One timing per round, in the order of the rounds.
+        throughput: Samples per second.
+        artifact: Hash of the artifact's manifest, so that a rebuilt one is not given an older one's speed.
+    """
+
+    p50_ms: Positive
+    p90_ms: Positive
+    p99_ms: Positive
+    samples_ms: Many[Positive]
+    throughput: Positive
+    artifact: str | None = None
+
+
+class Measurements(Strict):
+    """RUN/measurements.json. Artifacts are named by their path below RUN/deploy, such as ``baseline/onnxruntime``."""
+
+    batch_size: Count
+    machine: dict[str, Any]
+    artifacts: dict[str, Timing]
+
+
+# -- the report --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A task's metric on one split, with its 95 % interval.
+
+    Attributes:
+        trivial: What a predictor that ignores its input gets.
+        is_share: Whether it is a fraction of samples, and shown in per cent.
+    """
+
+    name: str
+    value: float
+    low: float | None
+    high: float | None
+    num_samples: int | None
+    trivial: float | None
+    is_share: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A paired comparison with its 95 % interval: a drop of the metric, or a ratio of speeds.
+
+    Attributes:
+        versus: Name of the row compared with.
+        split: Of a drop: the split that both were scored on.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    versus: str
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Of one batch of the report's batch size."""
+
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    num_rounds: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One package (a stage's result) or one deployed artifact.
+
+    Attributes:
+        name: Path below the run, such as ``packages/00-train`` or ``deploy/openvino``.
+        stage: Of a package: its stage.
+        backend: Of an artifact: its runtime.
+        is_original: The first package, or an artifact of it, that the others are compared with.
+        precision: Such as ``fp32`` or ``int8``.
+        drop: Of the metric against the first package, on the same samples; positive is worse.
+        speedup: In samples per second over the original on the same runtime, in the same rounds.
+        speedup_over_onnxruntime: The same over the original on ONNX Runtime.
+        status: ``built, not run`` is an artifact that this machine cannot run.
+        reason: Why it was not run.
+        command_elsewhere: What proves it, or builds its sibling, on the machine that can.
+    """
+
+    name: str
+    kind: Literal["package", "artifact"]
+    stage: str | None
+    backend: str | None
+    is_original: bool
+    precision: str | None
+    num_params: int | None
+    macs: int | None
+    size_bytes: int | None
+    val: Metric | None = None
+    test: Metric | None = None
+    drop: Comparison | None = None
+    latency: Latency | None = None
+    samples_per_s: float | None = None
+    speedup: Comparison | None = None
+    speedup_over_onnxruntime: Comparison | None = None
+    status: str = "ran"
+    reason: str = ""
+    command_elsewhere: str = ""
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """One gate on one artifact.
+
+    Attributes:
+        name: Of the gate in the recipe, such as ``max_drop``.
+        artifact: Name of the row, or ``-`` where there was none to judge.
+        limit: What the recipe allows.
+        value: What was measured; None where nothing was.
+        why: The verdict in words, with its interval.
+    """
+
+    name: str
+    artifact: str
+    limit: float
+    value: float | None
+    passed: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that is known about a run.
+
+    Attributes:
+        batch_size: Of all latencies and speeds; None where nothing was timed.
+        machine: Where they were taken.
+        rows: Packages in order of their stages, then artifacts.
+        notes: What was skipped, or could not be compared, and why.
+    """
+
+    run: str
+    bmctl: str
+    batch_size: int | None
+    machine: dict[str, Any]
+    rows: tuple[Row, ...]
+    gates: tuple[GateResult, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def packages(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.kind == "package")
+
+    @property
+    def artifacts(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.kind == "artifact")
+
+
+def with_gates(report: Report, results: tuple[GateResult, ...]) -> Report:
+    """The same report with the gates' verdicts in it."""
+    return dataclasses.replace(report, gates=results)
+
+
+def to_json(report: Report) -> str:
+    """The report as one JSON document; what is unknown is null."""
+    document = {"format": 1, **dataclasses.asdict(report)}
+    return json.dumps(_finite(document), indent=2, allow_nan=False, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
