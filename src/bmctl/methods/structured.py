@@ -1,4 +1,262 @@
-from typing import Literal
-from bmctl.schema import ModuleStepConfig
+"""Structured pruning: whole channels go, in every layer that depends on them, and the model gets smaller.
+
+Source: Li et al. 2017, https://arxiv.org/abs/1608.08710; Fang et al. 2023, https://arxiv.org/abs/2301.12900
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from bmctl.schema import Count, Many, ModuleStepConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from bmctl.methods import Meta, MethodContext
+
+FAMILY = "prune"
+LEVEL = "module"
+
+# What pruning may change in a module besides its tensors: sizes that forward passes and exports read.
+ATTRIBUTES = (
+    "in_channels",
+    "out_channels",
+    "groups",
+    "in_features",
+    "out_features",
+    "num_features",
+    "num_channels",
+    "num_parameters",
+    "normalized_shape",
+    "embedding_dim",
+    "embed_dim",
+    "kdim",
+    "vdim",
+    "hidden_dim",
+    "head_dim",
+    "attn_dim",
+    "scale",
+)
+
+
 class Config(ModuleStepConfig):
+    """Prune channels over dependency groups; the classes stay.
+
+    Attributes:
+        ratio: Fraction of channels removed; half of them is about a quarter of the weights.
+        scope: `group` takes the fraction of every group, `global` ranks the channels of all groups together.
+        max_ratio: With `global`, no group loses more than this fraction.
+        round_to: What is left of each group is a multiple of this.
+        norm: Norm of a channel's weights, over all layers of its group, that says how important it is.
+        ignore: Names of layers whose output channels stay, with all that depend on them.
+    """
+
     method: Literal["structured"] = "structured"
+    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    scope: Literal["group", "global"] = "group"
+    max_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    round_to: Count = 1
+    norm: Literal["l1", "l2"] = "l2"
+    ignore: Many[str] = ()
+
+
+def apply(model: nn.Module, config: Config, context: MethodContext) -> Meta:
+    """Remove channels in place.
+
+    Args:
+        model: Changed in place, and of no use after an error.
+        config: The step.
+        context: `example` is what the model is traced and checked with.
+
+    Returns:
+        `shapes`: {tensor: new shape}; `attributes`: {module: {attribute: value}}; `groups`: {name: [before, after]}.
+
+    Raises:
+        UnsupportedError: The model cannot be traced, nothing is left to prune, or nothing would be left of a layer.
+        RecipeError: A pattern of `ignore` matches no layer.
+    """
+    from bmctl.engine import masks
+    from bmctl.engine.layers import deterministic, evaluating
+
+    before = _describe(model)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    model.requires_grad_(True)  # the graph is traced through autograd
+    held = masks.masked_layers(model)
+    for layer in held.values():
+        # torch-pruning cuts a weight's gradient exactly as the weight: that carries the mask along.
+        layer.weight.grad = masks.get_mask(layer).to(layer.weight.dtype)
+    with deterministic(), evaluating(model):
+        shape = model(context.example).shape
+        groups = _prune(model, config, context.example)
+        _mend(model)
+        _check_runs(model, context.example, shape)
+    for layer in held.values():
+        masks.set_mask(layer, layer.weight.grad.bool())
+    for name, parameter in model.named_parameters():
+        parameter.grad = None
+        parameter.requires_grad_(name not in frozen)
+    if held:
+        masks.hold_masks(model)
+    after = _describe(model)
+    return {
+        "shapes": {name: size for name, size in after[0].items() if before[0][name] != size},
+        "attributes": _changed(before[1], after[1]),
+        "groups": groups,
+    }
+
+
+def restore(model: nn.Module, config: Config, meta: Meta) -> None:
+    """Set the recorded attributes and put empty tensors of the recorded shapes in place.
+
+    Raises:
+        PackageError: The meta does not fit the model.
+    """
+    from bmctl.engine import masks
+    from bmctl.engine.layers import get_layer
+    from bmctl.errors import PackageError
+
+    for name, attributes in meta["attributes"].items():
+        module = get_layer(model, name, what="structured")
+        for key, value in attributes.items():
+            if key not in ATTRIBUTES or not hasattr(module, key):
+                raise PackageError(f"the package's structured step sets {key!r} of {name!r}, which is no size of it")
+            setattr(module, key, tuple(value) if isinstance(value, list) else value)
+    for name, shape in meta["shapes"].items():
+        path, _, key = name.rpartition(".")
+        _resize(get_layer(model, path, what="structured"), key, shape, name=name)
+    if masks.masked_layers(model):
+        masks.hold_masks(model)
+
+
+def _resize(module: nn.Module, key: str, shape: list[int], *, name: str) -> None:
+    from torch import nn
+
+    from bmctl.errors import PackageError
+
+    old: Any = module._parameters.get(key) if key in module._parameters else module._buffers.get(key)
+    fits = old is not None and len(old.shape) == len(shape)
+    if not fits or not all(
+        isinstance(new, int) and 0 < new <= size for new, size in zip(shape, old.shape, strict=True)
+    ):
+        was = "nothing" if old is None else list(old.shape)
+        raise PackageError(f"the package's structured step makes {name!r} {shape}, where the model has {was}")
+    new = old.detach().new_zeros(shape)
+    if key in module._parameters:
+        module._parameters[key] = nn.Parameter(new, requires_grad=old.requires_grad)
+    else:
+        module._buffers[key] = new
+
+
+def _prune(model: nn.Module, config: Config, example: torch.Tensor) -> dict[str, list[int]]:
+    """{group: [channels before, channels after]}."""
+    from bmctl.engine import channels
+    from bmctl.engine.layers import matching, weight_layers
+    from bmctl.errors import UnsupportedError
+
+    layers = weight_layers(model)
+    ignored = [layers[name] for name in sorted(matching(list(layers), config.ignore, key="structured.ignore"))]
+    outputs = channels.output_layers(model, example)
+    graph = channels.dependency_graph(model, example)
+    found: dict[str, list[int]] = {}
+    try:
+        groups = channels.find_groups(model, graph, ignored=[*ignored, *outputs], norm=int(config.norm[1]))
+        if config.scope == "group":
+            lost = channels.choose_per_group(groups, ratio=config.ratio)
+        else:
+            lost = channels.choose_globally(groups, ratio=config.ratio, max_ratio=config.max_ratio)
+        lost = [channels.rounded(group, n, round_to=config.round_to) for group, n in zip(groups, lost, strict=True)]
+        for group, num in zip(groups, lost, strict=True):
+            if num:
+                before = group.num_places * group.blocks
+                found[group.name] = [before, before - channels.prune_group(graph, group, num)]
+    except channels.TRACE_ERRORS as error:
+        raise UnsupportedError(
+            f"structured: {type(model).__name__} has channels that cannot be followed: {type(error).__name__}: {error}",
+            hint="name the layer in `ignore`, or use `magnitude` or `svd`",
+        ) from error
+    if not found:
+        raise UnsupportedError(
+            f"structured: nothing left to prune in the {len(groups)} groups of {type(model).__name__}",
+            hint="raise `ratio`, lower `round_to` or shorten `ignore`",
+        )
+    return found
+
+
+def _mend(model: nn.Module) -> None:
+    """Sizes that models keep as plain numbers and read in views, which torch-pruning does not know."""
+    from torch import nn
+
+    from bmctl.engine.channels import attentions
+
+    for module in attentions(model).values():
+        attention: Any = module
+        head_dim = attention.qkv.out_features // (3 * attention.num_heads)
+        old = getattr(attention, "head_dim", head_dim)
+        sizes = {"head_dim": head_dim, "attn_dim": attention.num_heads * head_dim, "scale": head_dim**-0.5}
+        for key, value in sizes.items():
+            if hasattr(attention, key) and getattr(attention, key) != value:
+                setattr(attention, key, value)
+        if isinstance(getattr(attention, "q_norm", None), nn.Identity):
+            _rescale_queries(attention.qkv, attention.qkv.out_features // 3, head_dim / old)
+    whole: Any = model
+    if hasattr(whole, "hidden_dim") and hasattr(whole, "conv_proj"):  # torchvision's VisionTransformer
+        whole.hidden_dim = whole.class_token.shape[-1]
+
+
+def _rescale_queries(qkv: nn.Linear, num_rows: int, ratio: float) -> None:
+    """Attention divides by the root of the width of a head, which has shrunk: queries shrink to keep the scores."""
+    import torch
+
+    with torch.no_grad():
+        qkv.weight[:num_rows] *= ratio**0.5
+        if qkv.bias is not None:
+            qkv.bias[:num_rows] *= ratio**0.5
+
+
+def _check_runs(model: nn.Module, example: torch.Tensor, shape: torch.Size) -> None:
+    """A forward pass at two batch sizes, with the outputs that it had."""
+    import torch
+
+    from bmctl.errors import UnsupportedError
+
+    for size in (1, 3):
+        batch = example[:1].expand(size, *example.shape[1:]).contiguous()
+        try:
+            with torch.no_grad():
+                got = tuple(model(batch).shape)
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            raise UnsupportedError(
+                f"structured: {type(model).__name__} does not run after pruning: {error}",
+                hint="its forward pass has a size written into it; name the layers around it in `ignore`",
+            ) from error
+        if got != (size, *shape[1:]):
+            raise UnsupportedError(
+                f"structured: after pruning {type(model).__name__} gives {list(got)} for a batch of {size}, "
+                f"before it gave {list(shape[1:])} per sample",
+                hint="name the last layer in `ignore`",
+            )
+
+
+def _describe(model: nn.Module) -> tuple[dict[str, list[int]], dict[str, dict[str, Any]]]:
+    """Shapes of all tensors, and the sizes that modules hold."""
+    shapes = {name: list(tensor.shape) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    attributes = {}
+    for name, module in model.named_modules():
+        values = {key: vars(module)[key] for key in ATTRIBUTES if key in vars(module)}
+        attributes[name] = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in values.items()
+            if isinstance(value, (int, float, tuple))
+        }
+    return shapes, attributes
+
+
+def _changed(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    changes = {
+        name: {key: value for key, value in values.items() if before[name].get(key) != value}
+        for name, values in after.items()
+    }
+    return {name: values for name, values in changes.items() if values}
