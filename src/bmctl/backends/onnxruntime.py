@@ -1,4 +1,139 @@
-from typing import Literal
-from bmctl.schema import Strict
+"""ONNX Runtime: the graph as it is, on the CPU or an NVIDIA GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from bmctl.errors import DependencyError, PackageError, UnsupportedError
+from bmctl.schema import Count, Strict, TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SUFFIX = ".onnx"
+
+DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(int8)": "int8",
+    "tensor(uint8)": "uint8",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+}
+
+
 class Config(Strict):
+    """Attributes:
+    threads: Of one operator; None takes every core that this process may use.
+    optimization: How far the graph is rewritten when it is opened.
+    device: `auto` takes CUDA where this build of ONNX Runtime and the machine have it.
+    """
+
     name: Literal["onnxruntime"] = "onnxruntime"
+    threads: Count | None = None
+    optimization: Literal["none", "basic", "extended", "all"] = "all"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+def unavailable(config: Config) -> str:
+    """Why this machine cannot run artifacts of this backend, or the empty string."""
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        return f"onnxruntime cannot be imported: {error}"
+    if config.device == "cuda" and "CUDAExecutionProvider" not in ort.get_available_providers():
+        return "this onnxruntime has no CUDA provider"
+    return ""
+
+
+def build(onnx_path: Path, *, config: Config, batch: Any, out: Path) -> dict[str, Any]:
+    """Write a checked copy of the graph in one file, and open it once to see that every operator is there.
+
+    Args:
+        onnx_path: The graph.
+        batch: Not used: the graph's own batch dimension stays as it is.
+        out: The file to write.
+
+    Raises:
+        UnsupportedError: ONNX Runtime has no kernel for an operator of the graph.
+    """
+    from bmctl.backends import copy_graph
+
+    copy_graph(onnx_path, out=out)
+    with open(out, config=config) as runner:
+        return {"version": _ort().__version__, "providers": runner.providers}
+
+
+def open(artifact: Path, *, config: Config, meta: Mapping[str, Any] | None = None) -> OrtRunner:
+    """Load the graph; close it with `with`."""
+    if reason := unavailable(config):
+        raise DependencyError(reason, hint="pip install onnxruntime, or onnxruntime-gpu for CUDA")
+    return OrtRunner(artifact, config)
+
+
+class OrtRunner:
+    """A session; see backends.Runner."""
+
+    def __init__(self, artifact: Path, config: Config) -> None:
+        self._session: Any = _start(artifact, config)
+        self.providers: list[str] = self._session.get_providers()
+        self.inputs = tuple(_spec(node) for node in self._session.get_inputs())
+        self.outputs = tuple(_spec(node) for node in self._session.get_outputs())
+        self.batch: tuple[int, int | None] = (1, None)
+
+    def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One batch; blocks until the outputs are there."""
+        from bmctl.backends import check_feed
+
+        if self._session is None:
+            raise ValueError("the runner is closed")
+        names = [spec.name for spec in self.outputs]
+        arrays = self._session.run(names, check_feed(feed, inputs=self.inputs, batch=self.batch))
+        return dict(zip(names, arrays, strict=True))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._session = None
+
+
+def _start(artifact: Path, config: Config) -> Any:
+    ort = _ort()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = config.threads or len(os.sched_getaffinity(0))
+    level = {"none": "DISABLE_ALL", "basic": "ENABLE_BASIC", "extended": "ENABLE_EXTENDED", "all": "ENABLE_ALL"}
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_{level[config.optimization]}")
+    options.log_severity_level = 4  # errors are raised; nothing is to be printed besides
+    cuda = config.device != "cpu" and "CUDAExecutionProvider" in ort.get_available_providers()
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if cuda else ["CPUExecutionProvider"]
+    try:
+        return ort.InferenceSession(str(artifact), options, providers=providers)
+    except RuntimeError as error:  # every exception of ONNX Runtime is one
+        from bmctl.backends import first_line
+
+        kind = UnsupportedError if type(error).__name__ == "NotImplemented" else PackageError
+        raise kind(f"ONNX Runtime cannot open {artifact}: {first_line(error)}") from error
+
+
+def _ort() -> Any:
+    import onnxruntime as ort
+
+    ort.disable_telemetry_events()
+    ort.set_default_logger_severity(4)
+    return ort
+
+
+def _spec(node: Any) -> TensorSpec:
+    if node.type not in DTYPES:
+        raise UnsupportedError(f"{node.name!r} is a {node.type}; NumPy arrays cannot carry that")
+    shape = tuple(size if isinstance(size, int) else None for size in node.shape)
+    return TensorSpec(name=node.name, shape=shape, dtype=DTYPES[node.type])

@@ -1,0 +1,116 @@
+"""Running an engine of TensorRT or TensorRT-RTX on the current CUDA device; torch lends it memory and a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from bmctl.backends.trt_engine import find_logger
+from bmctl.errors import PackageError, ResourceError, UnsupportedError
+from bmctl.schema import TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+
+DEVICE = "cuda"
+
+
+class EngineRunner:
+    """A deserialized engine with one execution context; see backends.Runner.
+
+    Args:
+        trt: The module `tensorrt` or `tensorrt_rtx`.
+        data: A serialized engine that `check_engine` let pass.
+    """
+
+    def __init__(self, trt: Any, data: bytes) -> None:
+        import torch
+
+        self._trt = trt
+        self._log = find_logger(trt)
+        self._log.drain()
+        runtime = trt.Runtime(self._log)
+        engine = runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            raise PackageError(f"{trt.__name__} cannot open the engine: {self._reason()}")
+        context = engine.create_execution_context()
+        if context is None:
+            raise ResourceError(f"{trt.__name__} cannot make an execution context: {self._reason()}")
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        fed = {name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
+        self.inputs = tuple(_spec(trt, engine, name) for name in names if name in fed)
+        self.outputs = tuple(_spec(trt, engine, name) for name in names if name not in fed)
+        self.batch = _batch(engine, self.inputs)
+        self._runtime, self._engine, self._context = runtime, engine, context
+        self._stream = torch.cuda.Stream()
+
+    def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One batch; blocks until the outputs are there."""
+        import numpy as np
+        import torch
+
+        from bmctl.backends import check_feed
+
+        context = self._context
+        if context is None:
+            raise ValueError("the runner is closed")
+        checked = check_feed(feed, inputs=self.inputs, batch=self.batch)
+        with torch.cuda.stream(self._stream):
+            # Kept in `held` until the stream is done: TensorRT has only their addresses.
+            held = {n: torch.from_numpy(np.require(a, requirements="W")).to(DEVICE) for n, a in checked.items()}
+            for name, array in held.items():
+                self._expect(context.set_input_shape(name, tuple(array.shape)), f"the shape of {name!r}")
+            for spec in self.outputs:
+                shape = tuple(context.get_tensor_shape(spec.name))
+                if -1 in shape:
+                    raise UnsupportedError(f"the size of output {spec.name!r} depends on the data: {shape}")
+                held[spec.name] = torch.empty(shape, dtype=getattr(torch, spec.dtype), device=DEVICE)
+            for name, array in held.items():
+                self._expect(context.set_tensor_address(name, array.data_ptr()), f"the address of {name!r}")
+            self._expect(context.execute_async_v3(self._stream.cuda_stream), "the batch")
+        self._stream.synchronize()
+        return {spec.name: held[spec.name].cpu().numpy() for spec in self.outputs}
+
+    def _expect(self, taken: bool, what: str, /) -> None:
+        if not taken:
+            raise ResourceError(f"{self._trt.__name__} refused {what}: {self._reason()}")
+
+    def _reason(self) -> str:
+        return "; ".join(self._log.drain(errors_only=True)[:3])[:600] or "no reason given"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # In this order: a context must not outlive its engine.
+        self._context = None
+        self._engine = None
+        self._runtime = None
+
+
+def _spec(trt: Any, engine: Any, name: str) -> TensorSpec:
+    dtypes = {
+        trt.DataType.FLOAT: "float32",
+        trt.DataType.HALF: "float16",
+        trt.DataType.INT8: "int8",
+        trt.DataType.UINT8: "uint8",
+        trt.DataType.INT32: "int32",
+        trt.DataType.INT64: "int64",
+        trt.DataType.BOOL: "bool",
+    }
+    dtype = engine.get_tensor_dtype(name)
+    if dtype not in dtypes:
+        raise UnsupportedError(f"{name!r} is {dtype}; NumPy arrays cannot carry that")
+    shape = tuple(None if size == -1 else int(size) for size in engine.get_tensor_shape(name))
+    return TensorSpec(name=name, shape=shape, dtype=dtypes[dtype])
+
+
+def _batch(engine: Any, inputs: tuple[TensorSpec, ...]) -> tuple[int, int | None]:
+    """Smallest and largest batch of profile 0, the narrowest over all inputs with a free batch."""
+    bounds = [engine.get_tensor_profile_shape(spec.name, 0) for spec in inputs if spec.shape and spec.shape[0] is None]
+    if not bounds:
+        return 1, None
+    return max(int(low[0]) for low, _, _ in bounds), min(int(high[0]) for _, _, high in bounds)
