@@ -1,0 +1,300 @@
+"""The only importer of rich: progress, headings, notes, tables and errors.
+
+stdout carries data, everything else goes to stderr. Bars are drawn on a terminal alone; anywhere else, and with
+NO_COLOR, CI or TERM=dumb, the same is said in plain lines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO
+
+import rich.box
+from rich.console import Console as Rich
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table as Grid
+from rich.text import Text
+
+from bmctl import page, wording
+from bmctl.errors import BmctlError, RecipeError
+
+if TYPE_CHECKING:
+    from bmctl.doctor import Check
+    from bmctl.rows import Report
+
+Part = str | tuple[str, str]
+"""A piece of text, or one with its style."""
+
+PLAIN_SECONDS = 5.0
+"""At most so often does a loop report where no bar can be drawn."""
+PIPE_COLUMNS = 100
+NARROW = 72
+WIDE = 150
+MARKS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "missing": ("✗", "red")}
+
+
+def is_live(stream: TextIO | None) -> bool:
+    """Whether bars may be drawn and redrawn there."""
+    if stream is None or os.environ.get("NO_COLOR") or os.environ.get("CI"):
+        return False
+    with suppress(ValueError, OSError):  # a closed stream
+        return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+    return False
+
+
+def is_ascii(stream: TextIO | None) -> bool:
+    """Whether a stream, or the C locale that was asked for, takes no more than ASCII."""
+    locale = next((os.environ[k] for k in ("LC_ALL", "LC_CTYPE", "LANG") if os.environ.get(k)), "")
+    encoding = (getattr(stream, "encoding", None) or "ascii").lower()
+    return locale in ("C", "POSIX") or not encoding.startswith("utf")
+
+
+class Stream:
+    """A stream that outlives its reader: once nobody listens, what is written is dropped."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream
+        self.gone = stream is None
+        self.ascii = is_ascii(stream)
+        self.encoding = "ascii" if self.ascii else "utf-8"
+
+    def write(self, text: str) -> int:
+        if self.stream is not None and not self.gone:
+            try:
+                self.stream.write(wording.to_ascii(text) if self.ascii else text)
+                self.stream.flush()
+            except BrokenPipeError:
+                self.gone = True
+                with suppress(OSError, ValueError):  # Python flushes at exit once more: let that succeed
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            except (OSError, ValueError):
+                self.gone = True  # closed or full; for stdout `main` turns this into an exit code
+        return len(text)
+
+    def flush(self) -> None:
+        """`write` has."""
+
+    def isatty(self) -> bool:
+        return is_live(self.stream)
+
+    def fileno(self) -> int:
+        if self.stream is None:
+            raise OSError("no stream")
+        return self.stream.fileno()
+
+
+class Console:
+    """One command's voice.
+
+    Args:
+        quiet: Only errors and data.
+        verbose: Also events that are otherwise kept to the run's metrics.jsonl.
+        as_json: stdout carries one JSON document; errors go there as fields as well.
+    """
+
+    def __init__(self, *, quiet: bool = False, verbose: bool = False, as_json: bool = False) -> None:
+        self.quiet, self.verbose, self.as_json = quiet, verbose, as_json
+        self.out, self.err = Stream(sys.stdout), Stream(sys.stderr)
+        self.live = is_live(sys.stderr)
+        self.rich = _rich(self.err, live=self.live)
+        self.bar: Progress | None = None
+        self.task = TaskID(0)
+        self.said_at: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.clear()
+
+    # -- data -----------------------------------------------------------------------------------
+
+    def data(self, text: str) -> bool:
+        """Write lines to stdout.
+
+        Returns:
+            Whether somebody still reads: a loop that only writes may stop when not.
+        """
+        self.clear()
+        self.out.write(text if text.endswith("\n") else text + "\n")
+        return not self.out.gone
+
+    def report(self, report: Report, *, as_data: bool = True) -> None:
+        """A report as tables: on stdout, or on stderr at the end of a command whose data is something else."""
+        if self.quiet and not as_data:
+            return
+        self.clear()
+        show = _rich(self.out, live=is_live(sys.stdout)) if as_data else self.rich
+        for sentence in page.summary(report):
+            show.print(_text(sentence))
+        wide = show.width >= WIDE
+        tables = (page.package_table(report, wide=wide), page.artifact_table(report, wide=wide))
+        for table in (*tables, page.gate_table(report.gates)):
+            if table.rows:
+                show.print()
+                _show_table(show, table)
+        for title, lines in (("Not run", page.unrun(report)), ("Notes", report.notes)):
+            if lines:
+                show.print(_text((f"\n{title}", "bold")))
+            for line in lines:
+                show.print(_text(f"  {line}"), soft_wrap=True)
+
+    def checks(self, checks: Sequence[Check]) -> None:
+        """What `doctor` found, on stdout."""
+        show = _rich(self.out, live=is_live(sys.stdout))
+        width = max((len(check.name) for check in checks), default=0)
+        for check in checks:
+            mark, style = MARKS[check.status]
+            show.print(_text((f"{mark} ", style), (f"{check.name:<{width}}  ", "bold"), check.value), soft_wrap=True)
+            if check.hint:
+                show.print(_text((f"  {'':<{width}}  {check.hint}", "dim")), soft_wrap=True)
+
+    # -- everything else -------------------------------------------------------------------------
+
+    def heading(self, name: str, text: str = "") -> None:
+        """The start of a stage."""
+        self._say((f"▸ {name}", "bold cyan"), f"  {text}" if text else "", plain=f"{name}: {text or 'starts'}")
+
+    def note(self, text: str, *, stage: str = "") -> None:
+        """Something worth knowing."""
+        self._say("  ", ("note: ", "yellow"), text, plain=f"{stage}: note: {text}" if stage else f"note: {text}")
+
+    def line(self, text: str, *, stage: str = "") -> None:
+        """A result, in one line."""
+        self._say(f"  {text}", plain=f"{stage}: {text}" if stage else text)
+
+    def error(self, error: BmctlError) -> None:
+        """What went wrong, where, and what mends it: on stderr, and with `as_json` as fields on stdout too."""
+        self.clear()
+        if self.as_json:
+            self.data(json.dumps(error.to_dict(), indent=2))
+        parts: list[Part] = [("error: ", "bold red"), error.message]
+        for problem in error.problems if isinstance(error, RecipeError) else ():
+            parts.append("\n  " + str(problem).replace("\n", "\n  "))
+        if error.hint:
+            parts += ["\n  ", ("hint: ", "bold cyan"), error.hint]
+        self._say(*parts, always=True)
+
+    def emit(self, event: Mapping[str, object]) -> None:
+        """Show one event of the engine, as far as it is for people; see schema.Emit."""
+        show = SHOWN.get(str(event.get("event")))
+        if show is not None:
+            show(self, event, str(event.get("stage", "")))
+        elif self.verbose:
+            fields = " ".join(f"{key}={value}" for key, value in event.items() if key != "event")
+            self.line(f"{event.get('event')} {fields}")
+
+    def clear(self) -> None:
+        """Take the bar away, as before anything else is written."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+    def progress(self, event: Mapping[str, object]) -> None:
+        """Draw or move the bar; where none can be drawn, say a line now and then."""
+        if self.quiet:
+            return
+        if not self.live:
+            self._say_now_and_then(event)
+            return
+        if self.bar is None:
+            self.bar = _bar(self.rich)
+            self.task = self.bar.add_task("", total=1.0, left="", right="")
+            self.bar.start()
+        left, right = wording.bar_words(event, width=self.rich.width)
+        done = wording.share_done(event)
+        self.bar.update(self.task, completed=done or 0.0, left=wording.printable(left), right=right, refresh=True)
+        if event["event"] == "progress" and done == 1.0:
+            self.clear()
+
+    def _say_now_and_then(self, event: Mapping[str, object]) -> None:
+        now = time.monotonic()
+        about = f"{event.get('stage', '')} {event.get('text', '')}"
+        if now - self.said_at.setdefault(about, now) >= PLAIN_SECONDS:
+            self.said_at[about] = now
+            self.line(wording.step_line(event), stage=str(event.get("stage", "")))
+
+    def _say(self, *parts: Part, plain: str | None = None, always: bool = False) -> None:
+        if self.quiet and not always:
+            return
+        if self.live:
+            self.rich.print(_text(*parts), soft_wrap=True)
+        else:
+            self.err.write(wording.printable(_text(*parts).plain if plain is None else plain).rstrip() + "\n")
+
+
+def _finish(console: Console, event: Mapping[str, object], stage: str) -> None:
+    console.clear()
+    if event.get("text"):
+        console.line(str(event["text"]), stage=stage)
+
+
+# What the engine's events look like; any other is for metrics.jsonl alone.
+SHOWN: Mapping[str, Callable[[Console, Mapping[str, object], str], None]] = {
+    "stage": lambda console, event, stage: console.heading(stage, str(event.get("text", ""))),
+    "start": lambda console, event, stage: console.heading(stage, wording.start_line(event)),
+    "step": lambda console, event, stage: console.progress(event),
+    "progress": lambda console, event, stage: console.progress(event),
+    "epoch": lambda console, event, stage: console.line(wording.epoch_line(event), stage=stage),
+    "note": lambda console, event, stage: console.note(str(event.get("text", "")), stage=stage),
+    "skip": lambda console, event, stage: console.line(wording.skip_line(event), stage=stage),
+    "stage_done": lambda console, event, stage: console.line(wording.stage_done_line(event), stage=stage),
+    "artifact": lambda console, event, stage: console.line(wording.artifact_line(event), stage=stage),
+    "done": _finish,
+}
+
+
+def _text(*parts: Part) -> Text:
+    """Text without markup: brackets and control characters of messages are shown as they are."""
+    clean = [wording.printable(p) if isinstance(p, str) else (wording.printable(p[0]), p[1]) for p in parts]
+    return Text.assemble(*clean)
+
+
+def _rich(stream: Stream, *, live: bool) -> Rich:
+    width = None if live else int(os.environ["COLUMNS"]) if os.environ.get("COLUMNS", "").isdigit() else PIPE_COLUMNS
+    return Rich(
+        file=stream,  # type: ignore[arg-type]
+        force_terminal=live,
+        no_color=not live,
+        width=width,
+        markup=False,
+        highlight=False,
+        emoji=False,
+    )
+
+
+def _bar(show: Rich) -> Progress:
+    """A bar that is redrawn by events, not by a thread of its own: loader workers fork from this process."""
+    columns = [TextColumn("  {task.fields[left]}"), BarColumn(bar_width=None), TextColumn("{task.fields[right]}")]
+    for column in columns:
+        column.get_table_column().no_wrap = True
+    return Progress(*columns, console=show, transient=True, expand=True, auto_refresh=False, redirect_stdout=False)
+
+
+def _show_table(show: Rich, table: page.Table) -> None:
+    """A grid, or one block of ``column: cell`` lines per row where it would not be legible."""
+    show.print(Text(table.title, style="bold"))
+    cells = [tuple(wording.printable(cell) for cell in row) for row in table.rows]
+    if show.width < NARROW:
+        for row in cells:
+            show.print(
+                Text("\n".join(f"  {c}: {v}" for c, v in zip(table.columns, row, strict=True) if v)), soft_wrap=True
+            )
+        return
+    grid = Grid(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="dim")
+    for position, column in enumerate(table.columns):
+        last = position == len(table.columns) - 1
+        is_word = position in table.words
+        grid.add_column(column, justify="left" if is_word else "right", no_wrap=not (last and is_word))
+    for row in cells:
+        style = "red" if row[0] == "FAIL" else ""
+        grid.add_row(*(Text(cell) for cell in row), style=style)
+    show.print(grid)

@@ -1,0 +1,149 @@
+"""Events of the engine in words, for lines and bars alike; see schema.Emit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bmctl.page import count_text, size_text
+
+Event = Mapping[str, object]
+
+
+def number(event: Event, key: str) -> float | None:
+    """A numeric field, or None where the event has none."""
+    value = event.get(key)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def duration_text(seconds: float) -> str:
+    """``14 s``, ``2:05`` (minutes), ``1:02:05`` (hours)."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def metric_words(event: Event, key: str, *, prefix: str = "") -> str:
+    """``val accuracy 85.2 %``; a metric other than accuracy keeps its own scale."""
+    value = number(event, key)
+    if value is None:
+        return ""
+    name = str(event.get("metric_name", "accuracy"))
+    text = f"{value * 100:.1f} %" if name == "accuracy" else f"{value:.4g}"
+    return f"{prefix}{name} {text}"
+
+
+def loss_words(event: Event) -> str:
+    """``loss 0.412``."""
+    loss = number(event, "loss")
+    return "" if loss is None else f"loss {loss:.3f}"
+
+
+def share_done(event: Event) -> float | None:
+    """How much of a stage's steps, or of a loop's samples, is done: 0 to 1; None where the event does not say."""
+    done, total = ("step", "steps") if event["event"] == "step" else ("done", "total")
+    first, last = number(event, done), number(event, total)
+    return None if first is None or not last else min(1.0, first / last)
+
+
+def bar_words(event: Event, *, width: int) -> tuple[str, str]:
+    """Left and right of a progress bar, as much as fits a terminal `width` columns wide."""
+    percent = f"{100 * (share_done(event) or 0):3.0f} %"
+    if event["event"] != "step":
+        text = str(event.get("text", event.get("stage", "")))
+        return (text if width >= 60 else text[: max(0, width // 2 - 6)]), percent
+    speed, eta = number(event, "samples_per_s"), number(event, "eta_s")
+    parts = [
+        (0, percent),
+        (50, loss_words(event)),
+        (66, metric_words(event, "metric")),
+        (80, f"{speed:,.0f} img/s" if speed is not None else ""),
+        (36, f"ETA {duration_text(eta)}" if eta is not None else ""),
+    ]
+    epoch, epochs = number(event, "epoch"), number(event, "epochs")
+    left = "" if epoch is None else f"epoch {epoch:.0f}" + (f"/{epochs:.0f}" if epochs else "")
+    return left if width >= 36 else "", "  ".join(text for least, text in parts if text and width >= least)
+
+
+def step_line(event: Event) -> str:
+    """A step where no bar can be drawn: ``epoch 3 step 120/2244, loss 0.412, ...``."""
+    left, right = bar_words(event, width=1000)
+    if event["event"] != "step":
+        return f"{left} {right.strip()}"
+    step, steps = number(event, "step"), number(event, "steps")
+    at = f"step {step or 0:.0f}" + (f"/{steps:.0f}" if steps else "")
+    return " ".join([left, f"{at},", ", ".join(right.strip().split("  ")[1:])]).strip(" ,")
+
+
+def epoch_line(event: Event) -> str:
+    """``epoch  3  loss 0.412  val accuracy 85.2 %  14 s``."""
+    epoch, epochs, seconds = number(event, "epoch"), number(event, "epochs"), number(event, "seconds")
+    at = f"epoch {epoch or 0:>3.0f}" + (f"/{epochs:.0f}" if epochs else "")
+    took = duration_text(seconds) if seconds is not None else ""
+    return "  ".join(p for p in (at, loss_words(event), metric_words(event, "val_metric", prefix="val "), took) if p)
+
+
+def start_line(event: Event) -> str:
+    """What a stage is about to do."""
+    parts = [str(event["text"])] if event.get("text") else []
+    for key, form in (("model", "{}"), ("epochs", "{} epochs"), ("steps", "{} steps"), ("precision", "{}")):
+        if event.get(key) is not None:
+            parts.append(form.format(event[key]))
+    return ", ".join(parts)
+
+
+def skip_line(event: Event) -> str:
+    """What need not be done again."""
+    return str(event.get("text") or event.get("reason") or "finished before, with the same inputs: kept")
+
+
+def stage_done_line(event: Event) -> str:
+    """What a finished stage left: its metric on validation, parameters, MACs, bytes, latency."""
+    metrics = event.get("metrics")
+    found: Event = metrics if isinstance(metrics, Mapping) else event
+    val = found.get("val")
+    parts = []
+    if isinstance(val, Mapping):
+        parts.append(
+            metric_words({"metric_name": val.get("metric", "accuracy"), **_value(val)}, "value", prefix="val ")
+        )
+    for key, unit in (("num_params", " params"), ("macs", " MACs")):
+        if (count := number(found, key)) is not None:
+            parts.append(count_text(int(count)) + unit)
+    if (size := number(found, "size_bytes")) is not None:
+        parts.append(size_text(int(size)))
+    if (latency := number(found, "latency_ms")) is not None:
+        parts.append(f"{latency:.2f} ms")
+    return ", ".join(part for part in parts if part) or "done"
+
+
+def artifact_line(event: Event) -> str:
+    """What was built: where, how large, and whether it ran."""
+    parts = [str(event[key]) for key in ("precision", "status", "reason") if event.get(key)]
+    if (size := number(event, "size_bytes")) is not None:
+        parts.insert(0, size_text(int(size)))
+    if event.get("path"):
+        parts.append(str(event["path"]))
+    name = str(event.get("name") or event.get("backend") or "artifact")
+    return f"{name}: {', '.join(parts)}" if parts else name
+
+
+def _value(val: Event) -> dict[str, object]:
+    return {"value": val.get("value")}
+
+
+REPLACED = str.maketrans(
+    {"×": "x", "·": "-", "–": "-", "—": "-", "…": "...", "→": "->", "±": "+/-", "✓": "+", "✗": "x", "▸": ">", "’": "'"}  # noqa: RUF001
+)
+
+
+def to_ascii(text: str) -> str:
+    """For terminals that show no more: drawn characters become their likenesses, the rest escapes."""
+    return text.translate(REPLACED).encode("ascii", errors="backslashreplace").decode("ascii")
+
+
+def printable(text: str) -> str:
+    """Control characters as escapes: names of files and classes come from anywhere, and must not steer a terminal."""
+    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
