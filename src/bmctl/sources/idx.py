@@ -1,4 +1,7 @@
 from typing import Literal
+
 from bmctl.schema import Strict
+
+
 class Config(Strict):
     kind: Literal["idx"] = "idx"

@@ -1,0 +1,364 @@
+"""Splits and batches: which samples form which step, and what they look like to the model.
+
+n: samples of a batch. C, H, W: channels, height, width. N: samples of a split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from bmctl.engine import images
+from bmctl.errors import BmctlError, DataError, RecipeError, ResourceError
+from bmctl.models import input_defaults
+from bmctl.schema import Preprocess
+from bmctl.sections import AugmentConfig, DataConfig, Recipe
+from bmctl.sources import SOURCES, Samples
+
+PROBE = 1000
+"""Files that are decoded for size, channels, mean and std where the recipe leaves them to the data."""
+_CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class Split:
+    """The chosen samples of one split, as the model sees them.
+
+    Attributes:
+        indices: int64 [N], into `samples`, in a class-balanced order.
+        labels: int64 [N].
+        fingerprint: Changes when the samples or the choice among them do.
+        augment: None for unaugmented samples.
+        seed: Of the augmentation.
+        epoch: Of the augmentation.
+    """
+
+    samples: Samples
+    indices: np.ndarray
+    labels: np.ndarray
+    preprocess: Preprocess
+    fingerprint: str
+    augment: AugmentConfig | None = None
+    seed: int = 0
+    epoch: int = 0
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.samples.class_names
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def arrays(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """float32 [n, C, H, W] and int64 [n]."""
+        chosen = self.indices[indices]
+        pixels = images.resize(self.samples.read(chosen), self.preprocess)
+        if self.augment is not None:
+            pixels = augment(pixels, chosen, config=self.augment, seed=self.seed, epoch=self.epoch)
+        return images.normalise(pixels, self.preprocess), self.labels[indices]
+
+    def __getitems__(self, indices: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch that torch's DataLoader asks for: float32 [n, C, H, W] and int64 [n]."""
+        x_nCHW, labels = self.arrays(np.asarray(indices, dtype=np.int64))
+        return torch.from_numpy(x_nCHW), torch.from_numpy(labels)
+
+
+def open_split(recipe: Recipe, *, name: str, preprocess: Preprocess, augment: bool = False) -> Split:
+    """The samples that the recipe asks for.
+
+    Args:
+        recipe: Its `data` section says which source, and how many samples of each split.
+        name: ``train``, ``val``, ``test``, or ``calib`` for calibration, which never takes from test.
+        preprocess: As `resolve_preprocess` or a package's manifest says.
+        augment: Apply the recipe's augmentation; for training.
+
+    Raises:
+        DataError: Missing, empty, corrupt or inconsistent data.
+    """
+    data = _data(recipe)
+    samples, indices = _choose(data, name=name)
+    chosen = indices.astype("<i8").tobytes()
+    return Split(
+        samples=samples,
+        indices=indices,
+        labels=samples.labels[indices],
+        preprocess=preprocess,
+        fingerprint=hashlib.sha256(samples.fingerprint.encode() + chosen).hexdigest(),
+        augment=data.augment if augment and data.augment != AugmentConfig() else None,
+        seed=recipe.seed,
+    )
+
+
+def data_fingerprint(recipe: Recipe) -> str:
+    """SHA-256 over what training, selection and calibration look at; the test split is not opened for it."""
+    digest = hashlib.sha256()
+    for name in ("train", "val"):
+        samples, indices = _choose(_data(recipe), name=name)
+        digest.update(samples.fingerprint.encode() + indices.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def balanced_order(labels: np.ndarray) -> np.ndarray:
+    """An order of which every beginning holds the classes in equal numbers, as far as they last.
+
+    Args:
+        labels: int64 [N].
+
+    Returns:
+        int64 [N], the same for the same labels.
+    """
+    shuffled = np.argsort(_hash(np.arange(len(labels)), keys=()), kind="stable")
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    counts = np.bincount(labels)
+    rank_in_class = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return by_class[np.argsort(rank_in_class, kind="stable")]
+
+
+def sample_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
+    """int64 [num_samples]: the permutation of one epoch, the same in every process and with every NumPy."""
+    return np.argsort(_hash(np.arange(num_samples), keys=(1, seed, epoch)), kind="stable")
+
+
+def train_batches(
+    split: Split,
+    *,
+    seed: int,
+    epoch: int,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    start_step: int = 0,
+    num_workers: int = 0,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """One epoch of shuffled, augmented batches; the last, incomplete one is dropped.
+
+    Args:
+        split: What to train on.
+        seed: Of order and augmentation.
+        epoch: Of order and augmentation.
+        batch_size: Samples of a step over all processes.
+        rank: This process; it gets its slice of every batch, so that a step is the same for any `world`.
+        world: Number of processes.
+        start_step: Steps of this epoch that are done already.
+        num_workers: Processes that decode and assemble; 0 does it here. The batches are the same.
+
+    Raises:
+        DataError: Fewer samples than one step, or a file that cannot be read.
+        ResourceError: A loader process died.
+    """
+    if batch_size % world:
+        raise ValueError(f"batch_size {batch_size} does not divide by {world} processes")
+    if len(split) < batch_size:
+        raise DataError(
+            f"the training split has {len(split)} samples, fewer than one step of {batch_size}",
+            hint=f"--set train.batch_size={max(1, len(split) // 2)}",
+        )
+    split = replace(split, seed=seed, epoch=epoch)
+    steps = sample_order(len(split), seed=seed, epoch=epoch)
+    steps = steps[: len(split) // batch_size * batch_size].reshape(-1, world, batch_size // world)
+    return _load(split, list(steps[start_step:, rank]), num_workers=num_workers)
+
+
+def array_batches(split: Split, *, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All samples in order: float32 [n, C, H, W] and int64 [n], the last batch smaller if need be."""
+    for start in range(0, len(split), batch_size):
+        yield split.arrays(np.arange(start, min(start + batch_size, len(split))))
+
+
+def augment(pixels: np.ndarray, indices: np.ndarray, *, config: AugmentConfig, seed: int, epoch: int) -> np.ndarray:
+    """Mirror and shift each image; what happens to it depends on (seed, epoch, index) and on nothing else.
+
+    Args:
+        pixels: uint8 [n, H, W, c].
+        indices: int64 [n], which samples these are.
+        config: What may be done.
+        seed: The recipe's.
+        epoch: Counted from 0.
+
+    Returns:
+        uint8 [n, H, W, c], uncovered edges black.
+    """
+    luck = _hash(indices, keys=(2, seed, epoch))
+    count, height, width, _ = pixels.shape
+    if config.shift:
+        span = np.uint64(2 * config.shift + 1)
+        down, right = ((luck >> np.uint64(8)) % span).astype(int), ((luck >> np.uint64(32)) % span).astype(int)
+        edge = (config.shift, config.shift)
+        padded = np.pad(pixels, ((0, 0), edge, edge, (0, 0)))
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(1, 2))
+        pixels = windows[np.arange(count), down, right].transpose(0, 2, 3, 1)
+    if config.flip:
+        mirrored = (luck & np.uint64(1)).astype(bool)[:, None, None, None]
+        pixels = np.where(mirrored, pixels[:, :, ::-1], pixels)
+    return pixels
+
+
+def resolve_preprocess(recipe: Recipe) -> Preprocess:
+    """What the recipe says, over what the model's publisher says, over what the training data says.
+
+    Mean and std are taken from the training split alone, rounded to 4 digits.
+
+    Raises:
+        DataError: The images differ in size and no size is given, or are all of one colour.
+        RecipeError: Channels that the model does not take, or not one mean and std per channel.
+    """
+    asked, known = _data(recipe).preprocess, input_defaults(recipe.model)
+    if asked.channels is not None and known.channels not in (None, asked.channels):
+        raise RecipeError(
+            f"data.preprocess.channels: {asked.channels}, but {recipe.model.name} takes {known.channels}",
+            hint=f"--set data.preprocess.channels={known.channels}",
+        )
+    size = (asked.size, asked.size) if isinstance(asked.size, int) else asked.size or known.size
+    channels = asked.channels or known.channels
+    mean, std = asked.mean or known.mean, asked.std or known.std
+    if size is None or channels is None or mean is None or std is None:
+        probe = _probe(recipe)
+        size = size or _common_size(probe)
+        channels = channels or (3 if any(image.ndim == 3 for image in probe) else 1)
+        measured_mean, measured_std = _moments(probe, channels=channels)
+        mean, std = mean or measured_mean, std or measured_std
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise RecipeError(f"data.preprocess.{name}: {len(values)} values for {channels} channels")
+    return Preprocess(
+        size=size,
+        channels=channels,
+        mean=mean,
+        std=std,
+        interpolation=asked.interpolation or known.interpolation or "bilinear",
+        crop=asked.crop if asked.crop is not None else known.crop,
+    )
+
+
+def _data(recipe: Recipe) -> DataConfig:
+    if recipe.data is None:
+        raise RecipeError(
+            "the recipe has no data section", hint="add `data: {source: {kind: bundled}}`, or your own images"
+        )
+    return recipe.data
+
+
+def _choose(data: DataConfig, *, name: str) -> tuple[Samples, np.ndarray]:
+    """Samples of a split and the int64 indices of those that the recipe's limits leave."""
+    split = data.calib.split if name == "calib" else name
+    samples: Samples = SOURCES[data.source.kind].open(data.source, split=split)
+    if len(samples.labels) == 0:
+        raise DataError(f"data.source: the {split} split is empty")
+    limit = {"train": data.train, "val": data.val, "test": data.test}[split].limit
+    order = balanced_order(samples.labels)[:limit]
+    return samples, order[: data.calib.limit] if name == "calib" else order
+
+
+def _probe(recipe: Recipe) -> Sequence[np.ndarray]:
+    """Training images: all of them where they are in memory, the first PROBE of the balanced order else."""
+    samples, indices = _choose(_data(recipe), name="train")
+    return samples.read(indices if hasattr(samples, "images") else indices[:PROBE])
+
+
+def _common_size(probe: Sequence[np.ndarray]) -> tuple[int, int]:
+    sizes = {probe.shape[1:3]} if isinstance(probe, np.ndarray) else {image.shape[:2] for image in probe}
+    if len(sizes) > 1:
+        some = ", ".join(f"{width}x{height}" for height, width in sorted(sizes)[:3])
+        raise DataError(
+            f"data.preprocess.size is not given, and the images differ in size ({some}, ...)",
+            hint="--set data.preprocess.size=224",
+        )
+    height, width = sizes.pop()
+    return int(height), int(width)
+
+
+def _moments(probe: Sequence[np.ndarray], *, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std per channel of pixels in [0, 1], from exact histograms."""
+    counts = np.zeros((channels, 256), np.int64)
+    blocks = (
+        [probe[start : start + _CHUNK] for start in range(0, len(probe), _CHUNK)]
+        if isinstance(probe, np.ndarray)
+        else [image[None] for image in probe]
+    )
+    for block in blocks:
+        block = block if block.ndim == 4 else block[..., None]
+        block = images.to_grey(block) if channels == 1 and block.shape[-1] == 3 else block
+        for channel in range(channels):
+            counts[channel] += np.bincount(block[..., channel % block.shape[-1]].ravel(), minlength=256)
+    levels = np.arange(256) / 255
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    mean = shares @ levels
+    std = np.sqrt(shares @ levels**2 - mean**2)
+    if std.min() < 1e-4:
+        raise DataError("the training images are all of one colour", hint="look at the files in data.source")
+    return tuple(round(float(each), 4) for each in mean), tuple(round(float(each), 4) for each in std)
+
+
+def _hash(values: np.ndarray, *, keys: Sequence[int]) -> np.ndarray:
+    """uint64 [n] that look random, for integers [n] under some keys.
+
+    Source: splitmix64, Steele, Lea, Flood 2014, https://doi.org/10.1145/2714064.2660195
+    """
+    state = np.zeros(1, np.uint64)
+    for key in keys:
+        state = _mix(state + np.array([key], np.uint64))
+    return _mix(np.asarray(values).astype(np.uint64) + state)
+
+
+def _mix(state: np.ndarray) -> np.ndarray:
+    state = state + np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+# -- loader processes --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Guarded:
+    """Hands errors over as values: torch would raise them again with a traceback for a message and without the hint."""
+
+    split: Split
+
+    def __getitems__(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor] | BmctlError:
+        try:
+            return self.split.__getitems__(indices)
+        except BmctlError as error:
+            return error
+
+
+def _load(split: Split, steps: list[np.ndarray], *, num_workers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    # Its own generator: the iterator's base seed must not be drawn from the global one, which a resumed run restores.
+    loader: DataLoader = DataLoader(
+        _Guarded(split),  # type: ignore[arg-type]
+        batch_sampler=steps,
+        collate_fn=_same,
+        num_workers=num_workers,
+        generator=torch.Generator(),
+        worker_init_fn=_ignore_signals,
+    )
+    try:
+        for batch in loader:
+            if isinstance(batch, BmctlError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ResourceError(
+            f"a loader process died ({str(error).splitlines()[0]})",
+            hint="--set data.num_workers=0, or give /dev/shm and memory more room",
+        ) from error
+
+
+def _same(batch: object) -> object:
+    return batch
+
+
+def _ignore_signals(worker: int) -> None:
+    """Only the training process reacts to signals; loader processes end when it does."""
+    import signal
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,213 @@
+"""From image files to a model's input: the one path that training, evaluation and inference share.
+
+H, W: pixels. C: channels. n: images of a batch.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+import warnings
+import zlib
+from collections.abc import Sequence
+from io import BufferedReader
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from bmctl.errors import DataError
+from bmctl.schema import Preprocess
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+MAX_PIXELS = 64 * 1024 * 1024
+_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    OverflowError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+"""What Pillow's decoders raise on bytes that are not what they say."""
+
+# Beyond MAX_PIXELS anyway; as an error it cannot end up as a stray line on stderr.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+
+def decode(path: Path) -> np.ndarray:
+    """Decode one image file.
+
+    The format is told from the contents, whatever the name. EXIF rotation is applied, CMYK becomes RGB, transparent
+    pixels are laid over white, a palette becomes RGB.
+
+    Args:
+        path: PNG, JPEG, WebP or BMP, 8 bits per channel, one frame, at most MAX_PIXELS.
+
+    Returns:
+        uint8 [H, W] for grey images, [H, W, 3] for colour.
+
+    Raises:
+        DataError: Missing, unreadable, not a regular file, of another format, truncated, corrupt, too large, 16-bit
+            or animated.
+    """
+    with _open_regular(path) as stream:
+        try:
+            head = stream.read(32)
+            stream.seek(0)
+            with Image.open(stream, formats=FORMATS) as image:
+                _check_kind(image, head=head, path=path)
+                return np.asarray(_flatten(ImageOps.exif_transpose(image)))
+        except UnidentifiedImageError as error:
+            raise DataError(
+                f"{path}: {_describe(head)}, expected a PNG, JPEG, WebP or BMP image",
+                hint="convert the file, or move it out of the data set",
+            ) from error
+        except _BROKEN as error:
+            raise DataError(
+                f"{path}: the image is truncated or corrupt ({error})",
+                hint="fetch the file again, or move it out of the data set",
+            ) from error
+
+
+def prepare(images: Sequence[np.ndarray] | np.ndarray, spec: Preprocess) -> np.ndarray:
+    """Bring decoded images into the form that the model takes.
+
+    Args:
+        images: n images, each uint8 [H, W] or [H, W, 3] of any size, or all of one size as [n, H, W] or [n, H, W, 3].
+        spec: Size, channels, normalisation, interpolation and crop.
+
+    Returns:
+        float32 [n, C, H, W]: (pixel / 255 - mean) / std.
+    """
+    return normalise(resize(images, spec), spec)
+
+
+def resize(images: Sequence[np.ndarray] | np.ndarray, spec: Preprocess) -> np.ndarray:
+    """The geometry alone: channels, resize and centre crop, in pixels.
+
+    Returns:
+        uint8 [n, H, W, c], where c is 1 for grey images even if the model takes 3 channels: `normalise` repeats them.
+    """
+    if isinstance(images, np.ndarray):
+        block = images if images.ndim == 4 else images[..., None]
+        block = to_grey(block) if spec.channels == 1 and block.shape[-1] == 3 else block
+        if block.shape[1:3] == tuple(spec.size) and spec.crop in (None, 1.0):
+            return block
+        images = block
+    elif len(images) == 0:
+        return np.empty((0, *spec.size, spec.channels), np.uint8)
+    resized = [_resize_one(image, spec) for image in images]
+    if len({image.shape for image in resized}) > 1:  # grey among colour
+        resized = [np.broadcast_to(image, (*image.shape[:2], 3)) for image in resized]
+    return np.stack(resized)
+
+
+def normalise(pixels: np.ndarray, spec: Preprocess) -> np.ndarray:
+    """uint8 [n, H, W, c] to float32 [n, C, H, W], with the operations of torchvision's ToTensor and Normalize."""
+    x_nCHW = np.empty((len(pixels), spec.channels, *pixels.shape[1:3]), np.float32)
+    np.divide(pixels.transpose(0, 3, 1, 2), np.float32(255), out=x_nCHW, dtype=np.float32)
+    x_nCHW -= np.asarray(spec.mean, np.float32)[:, None, None]
+    x_nCHW /= np.asarray(spec.std, np.float32)[:, None, None]
+    return x_nCHW
+
+
+def to_grey(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [..., 3] to [..., 1], rounded as Pillow's ``convert("L")`` does it (ITU-R 601-2)."""
+    weighted = pixels.astype(np.uint32) @ np.array([19595, 38470, 7471], np.uint32)
+    return ((weighted + 0x8000) >> 16).astype(np.uint8)[..., None]
+
+
+def _resize_one(image: np.ndarray, spec: Preprocess) -> np.ndarray:
+    """uint8 [H, W] or [H, W, c] to [size, c]."""
+    image = image if image.ndim == 3 else image[..., None]
+    if spec.channels == 1 and image.shape[-1] == 3:
+        image = to_grey(image)
+    height, width = spec.size
+    tall, wide = height, width
+    if spec.crop is not None:
+        # torchvision's Resize(int) and CenterCrop for square sizes: the shorter side is matched, the longer truncated.
+        tall, wide = round(height / spec.crop), round(width / spec.crop)
+        if tall * image.shape[1] > wide * image.shape[0]:
+            wide = max(wide, int(tall * image.shape[1] / image.shape[0]))
+        else:
+            tall = max(tall, int(wide * image.shape[0] / image.shape[1]))
+    if image.shape[:2] != (tall, wide):
+        squeezed = image[..., 0] if image.shape[-1] == 1 else image
+        resized = np.asarray(Image.fromarray(squeezed).resize((wide, tall), _FILTERS[spec.interpolation]))
+        image = resized.reshape(tall, wide, image.shape[-1])
+    top, left = round((tall - height) / 2), round((wide - width) / 2)
+    return image[top : top + height, left : left + width]
+
+
+def _open_regular(path: Path) -> BufferedReader:
+    """Open without ever waiting on a FIFO or reading a device."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise DataError(f"{path}: cannot be read ({reason})", hint="check the path and its permissions") from error
+    kind = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(kind):
+        os.close(descriptor)
+        raise DataError(f"{path}: not a regular file", hint="move it out of the data set")
+    return os.fdopen(descriptor, "rb")
+
+
+def _check_kind(image: Image.Image, *, head: bytes, path: Path) -> None:
+    """Refuse, from the header alone, what would be decoded at a loss or at a great cost."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise DataError(
+            f"{path}: {width} x {height} pixels, expected at most {MAX_PIXELS:,} in all",
+            hint="scale the image down first",
+        )
+    # Pillow cuts 16-bit colour PNGs to 8 bits without a word: the depth stands in the header.
+    if image.mode in ("I", "F") or image.mode.startswith("I;") or (image.format == "PNG" and head[24:25] == b"\x10"):
+        raise DataError(
+            f"{path}: more than 8 bits per channel, expected 8",
+            hint=f"magick {path.name!r} -depth 8 {path.stem + '-8bit.png'!r}",
+        )
+    # Phones write JPEGs with a second, smaller picture (MPO); the first is the photo.
+    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+        raise DataError(
+            f"{path}: an animation of {getattr(image, 'n_frames', 0)} frames, expected a still image",
+            hint="save the frame that is meant as an image of its own",
+        )
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """To mode L or RGB; transparent pixels over white."""
+    grey = image.mode in ("1", "L", "LA", "La")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if grey else "RGB")
+
+
+def _describe(head: bytes) -> str:
+    """What a file that is no image seems to be, from its first bytes."""
+    signs = {
+        b"": "the file is empty",
+        b"GIF8": "a GIF",
+        b"II*\0": "a TIFF",
+        b"MM\0*": "a TIFF",
+        b"version https://git-lfs": "a Git LFS pointer, not the image itself",
+        b"<": "HTML or XML",
+        b"%PDF": "a PDF",
+    }
+    if not head:
+        return signs[b""]
+    return next((name for sign, name in signs.items() if sign and head.startswith(sign)), "not an image that is known")

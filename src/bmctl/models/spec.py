@@ -1,0 +1,59 @@
+"""How models are named and described: torch-free, and shared by the sources of models beside this file."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from bmctl.schema import Count, Many, Strict
+
+Argument = bool | int | float | str | Many[int]
+
+
+class ModelConfig(Strict):
+    """The `model` section: a name with its source as prefix, and the constructor's arguments.
+
+    Attributes:
+        pretrained: Download the published weights; naming it is asking for the download.
+    """
+
+    name: Annotated[str, Field(pattern=r"^(bmctl|torchvision|timm|transformers):[A-Za-z0-9_.\-/]{1,200}$")]
+    args: dict[str, Argument] = Field(default_factory=dict)
+    pretrained: bool = False
+
+
+class ModelSpec(Strict):
+    """A model that can be built again without data or network: what a package's manifest records."""
+
+    name: str
+    args: dict[str, Argument] = Field(default_factory=dict)
+    num_classes: Count
+    channels: int
+    size: Many[Count]
+
+
+class InputDefaults(Strict):
+    """What a publisher says about a model's input and, for published weights, its classes; None leaves it to the data.
+
+    Attributes:
+        size: (height, width) in pixels.
+        mean: Per channel, of pixels in [0, 1]; only for published weights.
+        std: Per channel, of pixels in [0, 1]; only for published weights.
+        num_classes: What the published weights tell apart; with another number of classes the head starts anew.
+        class_names: In the order of the logits.
+    """
+
+    size: Many[Count] | None = None
+    channels: Literal[1, 3] | None = None
+    mean: Many[float] | None = None
+    std: Many[float] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
+    crop: float | None = None
+    num_classes: Count | None = None
+    class_names: Many[str] | None = None
+
+
+def bare_name(name: str) -> str:
+    """``timm:vit_tiny_patch16_224`` without its source."""
+    return name.partition(":")[2]
