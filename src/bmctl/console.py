@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TextIO
+from typing import TYPE_CHECKING, Literal, Self, TextIO
 
-import rich.box
 from rich.console import Console as Rich
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table as Grid
 from rich.text import Text
@@ -34,8 +34,8 @@ Part = str | tuple[str, str]
 PLAIN_SECONDS = 5.0
 """At most so often does a loop report where no bar can be drawn."""
 PIPE_COLUMNS = 100
-NARROW = 72
-WIDE = 150
+NARROW = 60
+GAP = "  "
 MARKS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "missing": ("✗", "red")}
 
 
@@ -135,17 +135,17 @@ class Console:
         show = _rich(self.out, live=is_live(sys.stdout)) if as_data else self.rich
         for sentence in page.summary(report):
             show.print(_text(sentence))
-        wide = show.width >= WIDE
-        tables = (page.package_table(report, wide=wide), page.artifact_table(report, wide=wide))
-        for table in (*tables, page.gate_table(report.gates)):
-            if table.rows:
-                show.print()
-                _show_table(show, table)
-        for title, lines in (("Not run", page.unrun(report)), ("Notes", report.notes)):
+        for make in (page.package_table, page.artifact_table):
+            tables = [make(report, detail=detail) for detail in page.DETAILS]
+            _show_table(show, next((table for table in tables if _width(table) <= show.width), tables[-1]))
+        _show_table(show, page.gate_table(report))
+        for title, lines in (("Not run", page.unrun(report)), ("Notes", [(note, "") for note in report.notes])):
             if lines:
                 show.print(_text((f"\n{title}", "bold")))
-            for line in lines:
-                show.print(_text(f"  {line}"), soft_wrap=True)
+            for text, command in lines:
+                _show_wrapped(show, _text(text))
+                if command:
+                    show.print(_text(f"    there: {command}"), soft_wrap=True)
 
     def checks(self, checks: Sequence[Check]) -> None:
         """What `doctor` found, on stdout."""
@@ -161,15 +161,18 @@ class Console:
 
     def heading(self, name: str, text: str = "") -> None:
         """The start of a stage."""
-        self._say((f"▸ {name}", "bold cyan"), f"  {text}" if text else "", plain=f"{name}: {text or 'starts'}")
+        self.clear()
+        self._say(
+            (f"▸ {name}", "bold cyan"), f"  {text}" if text else "", plain=f"{name}: {text or 'starts'}", indent=0
+        )
 
     def note(self, text: str, *, stage: str = "") -> None:
         """Something worth knowing."""
-        self._say("  ", ("note: ", "yellow"), text, plain=f"{stage}: note: {text}" if stage else f"note: {text}")
+        self._say(("note: ", "yellow"), text, plain=f"{stage}: note: {text}" if stage else f"note: {text}")
 
     def line(self, text: str, *, stage: str = "") -> None:
         """A result, in one line."""
-        self._say(f"  {text}", plain=f"{stage}: {text}" if stage else text)
+        self._say(text, plain=f"{stage}: {text}" if stage else text)
 
     def error(self, error: BmctlError) -> None:
         """What went wrong, where, and what mends it: on stderr, and with `as_json` as fields on stdout too."""
@@ -222,11 +225,13 @@ class Console:
             self.said_at[about] = now
             self.line(wording.step_line(event), stage=str(event.get("stage", "")))
 
-    def _say(self, *parts: Part, plain: str | None = None, always: bool = False) -> None:
+    def _say(self, *parts: Part, plain: str | None = None, always: bool = False, indent: int = 2) -> None:
         if self.quiet and not always:
             return
         if self.live:
-            self.rich.print(_text(*parts), soft_wrap=True)
+            # An error's paths and commands are to be copied: the terminal may break their lines, we do not.
+            text = _text(*parts)
+            self.rich.print(text, soft_wrap=True) if always else _show_wrapped(self.rich, text, indent=indent)
         else:
             self.err.write(wording.printable(_text(*parts).plain if plain is None else plain).rstrip() + "\n")
 
@@ -245,7 +250,7 @@ SHOWN: Mapping[str, Callable[[Console, Mapping[str, object], str], None]] = {
     "progress": lambda console, event, stage: console.progress(event),
     "epoch": lambda console, event, stage: console.line(wording.epoch_line(event), stage=stage),
     "note": lambda console, event, stage: console.note(str(event.get("text", "")), stage=stage),
-    "skip": lambda console, event, stage: console.line(wording.skip_line(event), stage=stage),
+    "skip": lambda console, event, stage: console.heading(stage, wording.skip_line(event)),
     "stage_done": lambda console, event, stage: console.line(wording.stage_done_line(event), stage=stage),
     "artifact": lambda console, event, stage: console.line(wording.artifact_line(event), stage=stage),
     "done": _finish,
@@ -279,22 +284,35 @@ def _bar(show: Rich) -> Progress:
     return Progress(*columns, console=show, transient=True, expand=True, auto_refresh=False, redirect_stdout=False)
 
 
+def _show_wrapped(show: Rich, text: Text, *, indent: int = 2) -> None:
+    """Wrapped at words, every line but a long word's indented alike."""
+    show.print(Padding(text, (0, 0, 0, min(indent, show.width // 4))))
+
+
+def _width(table: page.Table) -> int:
+    """Columns that a table takes with nothing cut."""
+    cells = zip(*([cell.split("\n") for cell in row] for row in (table.columns, *table.rows)), strict=True)
+    return sum(max(len(line) for cell in column for line in cell) + len(GAP) for column in cells) - len(GAP)
+
+
 def _show_table(show: Rich, table: page.Table) -> None:
-    """A grid, or one block of ``column: cell`` lines per row where it would not be legible."""
-    show.print(Text(table.title, style="bold"))
-    cells = [tuple(wording.printable(cell) for cell in row) for row in table.rows]
-    if show.width < NARROW:
-        for row in cells:
-            show.print(
-                Text("\n".join(f"  {c}: {v}" for c, v in zip(table.columns, row, strict=True) if v)), soft_wrap=True
-            )
+    """Columns, or one block of ``column: cell`` lines per row where they would not be legible."""
+    if not table.rows:
         return
-    grid = Grid(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="dim")
+    show.print(_text((f"\n{table.title}", "bold")))
+    is_prose = len(table.columns) - 1 in table.words  # the last column may wrap
+    if _width(table) > show.width and not (is_prose and show.width >= NARROW):
+        names = [column.replace("\n", " ") for column in table.columns]
+        for first, *others in table.rows:
+            show.print(_text((first, "dim")))
+            for name, cell in zip(names[1:], others, strict=True):
+                _show_wrapped(show, _text(f"{name}: {cell}"))
+        return
+    grid = Grid(box=None, pad_edge=False, padding=(0, len(GAP), 0, 0), header_style="dim")
     for position, column in enumerate(table.columns):
-        last = position == len(table.columns) - 1
-        is_word = position in table.words
-        grid.add_column(column, justify="left" if is_word else "right", no_wrap=not (last and is_word))
-    for row in cells:
-        style = "red" if row[0] == "FAIL" else ""
-        grid.add_row(*(Text(cell) for cell in row), style=style)
+        is_word, is_last = position in table.words, position == len(table.columns) - 1
+        justify: Literal["left", "right"] = "left" if is_word else "right"
+        grid.add_column(column, justify=justify, vertical="top", no_wrap=not (is_last and is_prose))
+    for row in table.rows:
+        grid.add_row(*(_text(cell) for cell in row), style="red" if row[0] == "FAIL" else "")
     show.print(grid)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bmctl.errors import GateError
-from bmctl.page import drop_text, gate_text, ratio_text
+from bmctl.page import drop_text, limit_text, ratio_text, size_text
 from bmctl.rows import Comparison, GateResult, Report, Row
 
 if TYPE_CHECKING:
@@ -49,10 +49,7 @@ def raise_for(results: Sequence[GateResult]) -> None:
     failed = [result for result in results if not result.passed]
     if not failed:
         return
-    lines = [
-        f"  {r.artifact} {r.name}: {gate_text(r.name, r.value)}, limit {gate_text(r.name, r.limit)}; {r.why}"
-        for r in failed
-    ]
+    lines = [f"  {r.artifact} {r.name}: {r.why}, limit {limit_text(r.name, r.limit)}" for r in failed]
     unrun = any(r.value is None and r.why.startswith("built, not run") for r in failed)
     hint = (
         "set gates.allow_unrun=true to let pass what cannot run here" if unrun else "compress less, or recover longer"
@@ -71,30 +68,31 @@ def _judge(name: str, limit: float, row: Row, *, allow_unrun: bool) -> GateResul
     value, text, interval = _measured(name, row)
     if value is None:
         return GateResult(name, row.name, limit, None, False, text)
-    at_least = name.startswith("min_")
-    passed = value >= limit - ROUNDING if at_least else value <= limit + ROUNDING
+    passed = value >= limit - ROUNDING if name.startswith("min_") else value <= limit + ROUNDING
     return GateResult(name, row.name, limit, value, passed, text + _doubt(interval, limit))
 
 
 def _measured(name: str, row: Row) -> tuple[float | None, str, Comparison | None]:
     """The value that a gate judges, in words, with its interval; None and why where there is none."""
     if name == "max_size_bytes":
-        return row.size_bytes, gate_text(name, row.size_bytes), None
+        return row.size_bytes, size_text(row.size_bytes), None
     if name == "max_latency_ms":
         if row.latency is None:
-            return None, "its latency was not measured", None
-        return row.latency.p50_ms, f"median of {row.latency.num_rounds} rounds", None
+            return None, "latency not measured", None
+        return row.latency.p50_ms, f"{row.latency.p50_ms:.2f} ms, median of {row.latency.num_rounds} rounds", None
     if name == "min_speedup":
         if row.speedup is None:
-            return None, "not measured against the original on the same runtime (export.baseline)", None
-        return row.speedup.value, ratio_text(row.speedup, wide=True), row.speedup
+            return None, "not timed beside the original on the same runtime (export.baseline)", None
+        return row.speedup.value, ratio_text(row.speedup, digits=2), row.speedup
     if row.drop is None or row.drop.split != "test" or row.test is None:
         return None, "not compared with the first package on test data", None
-    unit = " points" if row.test.is_share else ""
-    return row.drop.value, drop_text(row.drop, is_share=row.test.is_share) + unit, row.drop
+    if not row.test.is_share:
+        return row.drop.value, drop_text(row.drop, is_share=False), row.drop
+    return row.drop.value, f"{drop_text(row.drop, is_share=True, digits=2)} points", row.drop
 
 
 def _doubt(interval: Comparison | None, limit: float) -> str:
+    """Where the interval holds the limit, the data could have said either."""
     if interval is None or interval.low is None or interval.high is None:
         return ""
-    return "; the interval holds the limit, so this is not certain" if interval.low < limit < interval.high else ""
+    return " (close: the interval holds the limit)" if interval.low < limit < interval.high else ""

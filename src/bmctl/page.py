@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bmctl.rows import Comparison, GateResult, Metric, Report, Row
+from bmctl.rows import Comparison, Metric, Report, Row
 
 NOTHING = "-"
 
@@ -44,125 +43,132 @@ def count_text(count: int | None) -> str:
     return str(count)
 
 
-def metric_text(metric: Metric | None, *, wide: bool) -> str:
-    """``89.5 %``, and with its interval when `wide`."""
+def metric_text(metric: Metric | None, *, interval: bool = True) -> str:
+    """``89.5 % [88.6, 90.3]``: a share of samples in per cent, anything else on its own scale."""
     if metric is None:
         return NOTHING
     scale, unit, digits = (100, " %", 1) if metric.is_share else (1, "", 4)
-    text = f"{metric.value * scale:.{digits}f}{unit}"
-    return text + _interval_text(metric.low, metric.high, scale, digits) if wide else text
+    return _with_interval(metric, scale, digits, unit, interval=interval)
 
 
-def drop_text(drop: Comparison | None, *, is_share: bool, wide: bool = True) -> str:
+def drop_text(drop: Comparison | None, *, is_share: bool, interval: bool = True, digits: int | None = None) -> str:
     """``0.3 [-0.2, 0.8]``: points of a hundred for a share of samples."""
     if drop is None:
         return NOTHING
-    scale, digits = (100, 1) if is_share else (1, 4)
-    text = f"{drop.value * scale + 0.0:.{digits}f}"
-    text = text.lstrip("-") if float(text) == 0 else text
-    return text + _interval_text(drop.low, drop.high, scale, digits) if wide else text
+    scale, usual = (100, 1) if is_share else (1, 4)
+    return _with_interval(drop, scale, digits or usual, interval=interval)
 
 
-def ratio_text(ratio: Comparison | None, *, wide: bool) -> str:
-    """``2.7x``, and with its interval when `wide`."""
-    if ratio is None:
-        return NOTHING
-    return f"{ratio.value:.1f}x" + (_interval_text(ratio.low, ratio.high, 1, 1) if wide else "")
+def ratio_text(ratio: Comparison | None, *, interval: bool = True, digits: int = 1) -> str:
+    """``2.7x [2.5, 2.9]``."""
+    return NOTHING if ratio is None else _with_interval(ratio, 1, digits, "x", interval=interval)
 
 
-def gate_text(name: str, value: float | None) -> str:
-    """A gate's limit or value with its unit."""
-    if value is None:
-        return NOTHING
+def limit_text(name: str, limit: float) -> str:
+    """A gate's limit with its unit."""
     if name == "max_drop":
-        return f"{value * 100:.2f} points"
+        return f"{limit * 100:.2f} points"
     if name == "max_size_bytes":
-        return size_text(int(value))
-    return f"{value:.2f}x" if name == "min_speedup" else f"{value:.2f} ms"
+        return size_text(int(limit))
+    return f"{limit:.2f}x" if name == "min_speedup" else f"{limit:.2f} ms"
 
 
-def _interval_text(low: float | None, high: float | None, scale: float, digits: int) -> str:
-    if low is None or high is None:
-        return ""
-    return f" [{low * scale:.{digits}f}, {high * scale:.{digits}f}]"
+def _with_interval(
+    number: Metric | Comparison, scale: float, digits: int, unit: str = "", *, interval: bool = True
+) -> str:
+    text = _fixed(number.value * scale, digits) + unit
+    if not interval or number.low is None or number.high is None:
+        return text
+    return f"{text} [{_fixed(number.low * scale, digits)}, {_fixed(number.high * scale, digits)}]"
+
+
+def _fixed(value: float, digits: int) -> str:
+    text = f"{value:,.{digits}f}"
+    return text.lstrip("-") if float(text.replace(",", "")) == 0 else text  # no "-0.0"
 
 
 # -- tables --------------------------------------------------------------------------------------------
 
+DETAILS = (2, 1, 0)
+"""How much a table says: 2 every interval and percentile, 1 those of the drop, 0 no interval."""
 
-def package_table(report: Report, *, wide: bool = True) -> Table:
+
+def package_table(report: Report, *, detail: int = 2) -> Table:
     """One line per stage: what the model is, and what it is worth in eager fp32 or as its own graph."""
     name, share = _metric_name(report)
-    columns = ("stage", "params", "MACs", "size", f"val {name}", f"test {name}", f"drop{' (points)' if share else ''}")
+    columns = ("stage", "params", "MACs", "size", f"val\n{name}", f"test\n{name}", _drop_header(share))
     rows = [
         (
             row.name.rpartition("/")[2],
             count_text(row.num_params),
             count_text(row.macs),
             size_text(row.size_bytes),
-            metric_text(row.val, wide=wide),
-            metric_text(row.test, wide=wide),
-            drop_text(row.drop, is_share=share),
+            metric_text(row.val, interval=detail > 1),
+            metric_text(row.test, interval=detail > 1),
+            drop_text(row.drop, is_share=share, interval=detail > 0),
         )
         for row in report.packages
     ]
     return Table("Packages", columns, tuple(rows))
 
 
-def artifact_table(report: Report, *, wide: bool = True) -> Table:
+def artifact_table(report: Report, *, detail: int = 2) -> Table:
     """One line per deployed artifact, the uncompressed model's beside the shipped one on each runtime."""
     name, share = _metric_name(report)
-    latency = "p50 / p90 / p99 ms" if wide else "p50 ms"
-    columns = (
+    columns: tuple[str, ...] = (
         "runtime",
         "model",
         "size",
-        f"{_split(report)} {name}",
-        f"drop{' (points)' if share else ''}",
-        latency,
-        "samples/s",
+        f"{_split(report)}\n{name}",
+        _drop_header(share),
+        "p50 / p90 / p99\nms" if detail > 1 else "p50\nms",
+        "samples\nper s",
         "speedup",
-        "vs ORT" if not wide else "vs original on ONNX Runtime",
+        "over fp32 on\nONNX Runtime" if detail > 1 else "over\nORT",
     )
-    return Table(
-        "Artifacts", columns, tuple(_artifact_cells(row, report, share, wide) for row in report.artifacts), (0, 1)
-    )
+    rows = [_artifact_cells(row, report, share, detail) for row in report.artifacts]
+    if detail == 0:  # speed and speed-up say what the median says
+        rows, columns = [row[:5] + row[6:] for row in rows], columns[:5] + columns[6:]
+    return Table("Artifacts", columns, tuple(rows), (0, 1))
 
 
-def _artifact_cells(row: Row, report: Report, share: bool, wide: bool) -> tuple[str, ...]:
-    model = f"{'original' if row.is_original else 'shipped'} {row.precision or ''}".strip()
+def _artifact_cells(row: Row, report: Report, share: bool, detail: int) -> tuple[str, ...]:
+    model = f"{row.precision or ''}{' original' if row.is_original else ''}".strip()
     head = (row.backend or row.name, model, size_text(row.size_bytes))
     if row.status != "ran":
-        return (*head, row.status, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING)
+        return (*head, "not run", NOTHING, NOTHING, NOTHING, NOTHING, NOTHING)
     latency = NOTHING
     if row.latency:
         times = (row.latency.p50_ms, row.latency.p90_ms, row.latency.p99_ms)
-        latency = " / ".join(f"{time:.2f}" for time in (times if wide else times[:1]))
+        latency = " / ".join(f"{time:.2f}" for time in (times if detail > 1 else times[:1]))
     return (
         *head,
-        metric_text(row.test if _split(report) == "test" else row.val, wide=wide),
-        drop_text(row.drop, is_share=share),
+        metric_text(row.test if _split(report) == "test" else row.val, interval=detail > 1),
+        drop_text(row.drop, is_share=share, interval=detail > 0),
         latency,
         f"{row.samples_per_s:,.0f}" if row.samples_per_s else NOTHING,
-        ratio_text(row.speedup, wide=wide),
-        ratio_text(row.speedup_over_onnxruntime, wide=wide),
+        ratio_text(row.speedup, interval=detail > 1),
+        ratio_text(row.speedup_over_onnxruntime, interval=detail > 1),
     )
 
 
-def gate_table(results: Sequence[GateResult]) -> Table:
+def gate_table(report: Report) -> Table:
     """One line per gate and artifact."""
     rows = [
         (
             "pass" if result.passed else "FAIL",
             result.name,
             result.artifact.removeprefix("deploy/"),
-            gate_text(result.name, result.limit),
-            gate_text(result.name, result.value),
+            limit_text(result.name, result.limit),
             result.why,
         )
-        for result in results
+        for result in report.gates
     ]
-    return Table("Gates", ("", "gate", "artifact", "limit", "value", "why"), tuple(rows), (0, 1, 2, 5))
+    return Table("Gates", ("", "gate", "artifact", "limit", "measured"), tuple(rows), (0, 1, 2, 4))
+
+
+def _drop_header(share: bool) -> str:
+    return "drop,\npoints" if share else "drop"
 
 
 def _split(report: Report) -> str:
@@ -186,9 +192,7 @@ def summary(report: Report) -> list[str]:
         split = "test" if first.test else "val"
         trivial = f"; a trivial predictor gets {_plain(metric, metric.trivial)}" if metric.trivial is not None else ""
         count = f" on {metric.num_samples:,} {split} samples" if metric.num_samples else f" on {split}"
-        sentences.append(
-            f"{first.stage or first.name}: {metric.name} {metric_text(metric, wide=True)}{count}{trivial}."
-        )
+        sentences.append(f"{first.stage or first.name}: {metric.name} {metric_text(metric)}{count}{trivial}.")
     ran = [row for row in report.artifacts if row.samples_per_s and not row.is_original]
     if ran:
         best = max(ran, key=lambda row: row.samples_per_s or 0)
@@ -196,11 +200,10 @@ def summary(report: Report) -> list[str]:
     return sentences
 
 
-def unrun(report: Report) -> list[str]:
-    """What was built here and not run, and what proves it elsewhere."""
+def unrun(report: Report) -> list[tuple[str, str]]:
+    """What was built here and not run, each with the command for the machine that can, or the empty string."""
     return [
-        f"{row.name}: {row.status}{f' ({row.reason})' if row.reason else ''}"
-        + (f"; on the target machine: {row.command_elsewhere}" if row.command_elsewhere else "")
+        (f"{row.name}: {row.status}{f' ({row.reason})' if row.reason else ''}", row.command_elsewhere)
         for row in report.artifacts
         if row.status != "ran"
     ]
@@ -211,15 +214,16 @@ def _praise(best: Row, first: Row | None) -> str:
         " ,", ","
     )
     if best.speedup:
-        words += f", {ratio_text(best.speedup, wide=True)} the original on the same runtime"
+        words += f", {ratio_text(best.speedup)} the original on the same runtime"
     if best.speedup_over_onnxruntime and best.backend != "onnxruntime":
-        words += f", {ratio_text(best.speedup_over_onnxruntime, wide=True)} the original on ONNX Runtime"
+        words += f", {ratio_text(best.speedup_over_onnxruntime)} the original on ONNX Runtime"
     if first and first.size_bytes and best.size_bytes:
         words += f"; {size_text(best.size_bytes)}, {first.size_bytes / best.size_bytes:.1f} times smaller than trained"
     if best.drop:
         metric = best.test or best.val
         share = metric is None or metric.is_share
-        words += f"; it drops {drop_text(best.drop, is_share=share)}{' points' if share else ''}"
+        name = metric.name if metric else "metric"
+        words += f"; {name} drops by {drop_text(best.drop, is_share=share)}{' points' if share else ''}"
     return words + "."
 
 
@@ -242,10 +246,11 @@ def to_markdown(report: Report) -> str:
     if report.gates:
         verdict = f"{len(failed)} of {len(report.gates)} gates failed." if failed else "All gates passed."
         lines.append(f"- {verdict}")
-    for table in (package_table(report), artifact_table(report), gate_table(report.gates)):
+    for table in (package_table(report), artifact_table(report), gate_table(report)):
         if table.rows:
             lines += ["", f"## {table.title}", "", *_markdown_table(table)]
-    for title, items in (("Not run", unrun(report)), ("Notes", report.notes)):
+    not_run = [f"{text}{f'; there: `{command}`' if command else ''}" for text, command in unrun(report)]
+    for title, items in (("Not run", not_run), ("Notes", report.notes)):
         if items:
             lines += ["", f"## {title}", "", *(f"- {item}" for item in items)]
     lines += ["", "## How to read this", "", HOW_TO_READ]
@@ -258,4 +263,4 @@ def to_markdown(report: Report) -> str:
 def _markdown_table(table: Table) -> list[str]:
     rules = [":--" if position in table.words else "--:" for position in range(len(table.columns))]
     rows = [table.columns, rules, *table.rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]

@@ -62,9 +62,17 @@ def bar_words(event: Event, *, width: int) -> tuple[str, str]:
         (80, f"{speed:,.0f} img/s" if speed is not None else ""),
         (36, f"ETA {duration_text(eta)}" if eta is not None else ""),
     ]
+    return epoch_words(event) if width >= 36 else "", "  ".join(
+        text for least, text in parts if text and width >= least
+    )
+
+
+def epoch_words(event: Event) -> str:
+    """``epoch  3/12``."""
     epoch, epochs = number(event, "epoch"), number(event, "epochs")
-    left = "" if epoch is None else f"epoch {epoch:.0f}" + (f"/{epochs:.0f}" if epochs else "")
-    return left if width >= 36 else "", "  ".join(text for least, text in parts if text and width >= least)
+    if epoch is None:
+        return ""
+    return f"epoch {epoch:>{len(f'{epochs:.0f}')}.0f}/{epochs:.0f}" if epochs else f"epoch {epoch:.0f}"
 
 
 def step_line(event: Event) -> str:
@@ -78,11 +86,11 @@ def step_line(event: Event) -> str:
 
 
 def epoch_line(event: Event) -> str:
-    """``epoch  3  loss 0.412  val accuracy 85.2 %  14 s``."""
-    epoch, epochs, seconds = number(event, "epoch"), number(event, "epochs"), number(event, "seconds")
-    at = f"epoch {epoch or 0:>3.0f}" + (f"/{epochs:.0f}" if epochs else "")
+    """``epoch  3/12  loss 0.412  val accuracy 85.2 %  14 s``."""
+    seconds = number(event, "seconds")
     took = duration_text(seconds) if seconds is not None else ""
-    return "  ".join(p for p in (at, loss_words(event), metric_words(event, "val_metric", prefix="val "), took) if p)
+    parts = (epoch_words(event), loss_words(event), metric_words(event, "val_metric", prefix="val "), took)
+    return "  ".join(part for part in parts if part)
 
 
 def start_line(event: Event) -> str:
@@ -115,7 +123,7 @@ def stage_done_line(event: Event) -> str:
     if (size := number(found, "size_bytes")) is not None:
         parts.append(size_text(int(size)))
     if (latency := number(found, "latency_ms")) is not None:
-        parts.append(f"{latency:.2f} ms")
+        parts.append(f"latency {latency:.2f} ms")
     return ", ".join(part for part in parts if part) or "done"
 
 
