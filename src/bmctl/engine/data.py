@@ -8,14 +8,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from bmctl.engine import images
+from bmctl.engine.chance import hash_integers, shuffled
 from bmctl.errors import BmctlError, DataError, RecipeError, ResourceError
-from bmctl.models import input_defaults
+from bmctl.models import InputDefaults, input_defaults
 from bmctl.schema import Preprocess
 from bmctl.sections import AugmentConfig, DataConfig, Recipe
 from bmctl.sources import SOURCES, Samples
@@ -112,8 +114,8 @@ def balanced_order(labels: np.ndarray) -> np.ndarray:
     Returns:
         int64 [N], the same for the same labels.
     """
-    shuffled = np.argsort(_hash(np.arange(len(labels)), keys=()), kind="stable")
-    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    order = shuffled(len(labels), keys=())
+    by_class = order[np.argsort(labels[order], kind="stable")]
     counts = np.bincount(labels)
     rank_in_class = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
     return by_class[np.argsort(rank_in_class, kind="stable")]
@@ -121,7 +123,7 @@ def balanced_order(labels: np.ndarray) -> np.ndarray:
 
 def sample_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
     """int64 [num_samples]: the permutation of one epoch, the same in every process and with every NumPy."""
-    return np.argsort(_hash(np.arange(num_samples), keys=(1, seed, epoch)), kind="stable")
+    return shuffled(num_samples, keys=(1, seed, epoch))
 
 
 def train_batches(
@@ -183,7 +185,7 @@ def augment(pixels: np.ndarray, indices: np.ndarray, *, config: AugmentConfig, s
     Returns:
         uint8 [n, H, W, c], uncovered edges black.
     """
-    luck = _hash(indices, keys=(2, seed, epoch))
+    luck = hash_integers(indices, keys=(2, seed, epoch))
     count, height, width, _ = pixels.shape
     if config.shift:
         span = np.uint64(2 * config.shift + 1)
@@ -207,10 +209,11 @@ def resolve_preprocess(recipe: Recipe) -> Preprocess:
         DataError: The images differ in size and no size is given, or are all of one colour.
         RecipeError: Channels that the model does not take, or not one mean and std per channel.
     """
-    asked, known = _data(recipe).preprocess, input_defaults(recipe.model)
+    asked = _data(recipe).preprocess
+    known = input_defaults(recipe.model) if recipe.model else InputDefaults()
     if asked.channels is not None and known.channels not in (None, asked.channels):
         raise RecipeError(
-            f"data.preprocess.channels: {asked.channels}, but {recipe.model.name} takes {known.channels}",
+            f"data.preprocess.channels: {asked.channels}, but the model takes {known.channels}",
             hint=f"--set data.preprocess.channels={known.channels}",
         )
     size = (asked.size, asked.size) if isinstance(asked.size, int) else asked.size or known.size
@@ -246,7 +249,8 @@ def _data(recipe: Recipe) -> DataConfig:
 def _choose(data: DataConfig, *, name: str) -> tuple[Samples, np.ndarray]:
     """Samples of a split and the int64 indices of those that the recipe's limits leave."""
     split = data.calib.split if name == "calib" else name
-    samples: Samples = SOURCES[data.source.kind].open(data.source, split=split)
+    source: Any = data.source
+    samples: Samples = SOURCES[source.kind].open(source, split=split)
     if len(samples.labels) == 0:
         raise DataError(f"data.source: the {split} split is empty")
     limit = {"train": data.train, "val": data.val, "test": data.test}[split].limit
@@ -254,13 +258,13 @@ def _choose(data: DataConfig, *, name: str) -> tuple[Samples, np.ndarray]:
     return samples, order[: data.calib.limit] if name == "calib" else order
 
 
-def _probe(recipe: Recipe) -> Sequence[np.ndarray]:
+def _probe(recipe: Recipe) -> Sequence[np.ndarray] | np.ndarray:
     """Training images: all of them where they are in memory, the first PROBE of the balanced order else."""
     samples, indices = _choose(_data(recipe), name="train")
     return samples.read(indices if hasattr(samples, "images") else indices[:PROBE])
 
 
-def _common_size(probe: Sequence[np.ndarray]) -> tuple[int, int]:
+def _common_size(probe: Sequence[np.ndarray] | np.ndarray) -> tuple[int, int]:
     sizes = {probe.shape[1:3]} if isinstance(probe, np.ndarray) else {image.shape[:2] for image in probe}
     if len(sizes) > 1:
         some = ", ".join(f"{width}x{height}" for height, width in sorted(sizes)[:3])
@@ -272,7 +276,9 @@ def _common_size(probe: Sequence[np.ndarray]) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _moments(probe: Sequence[np.ndarray], *, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _moments(
+    probe: Sequence[np.ndarray] | np.ndarray, *, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std per channel of pixels in [0, 1], from exact histograms."""
     counts = np.zeros((channels, 256), np.int64)
     blocks = (
@@ -292,24 +298,6 @@ def _moments(probe: Sequence[np.ndarray], *, channels: int) -> tuple[tuple[float
     if std.min() < 1e-4:
         raise DataError("the training images are all of one colour", hint="look at the files in data.source")
     return tuple(round(float(each), 4) for each in mean), tuple(round(float(each), 4) for each in std)
-
-
-def _hash(values: np.ndarray, *, keys: Sequence[int]) -> np.ndarray:
-    """uint64 [n] that look random, for integers [n] under some keys.
-
-    Source: splitmix64, Steele, Lea, Flood 2014, https://doi.org/10.1145/2714064.2660195
-    """
-    state = np.zeros(1, np.uint64)
-    for key in keys:
-        state = _mix(state + np.array([key], np.uint64))
-    return _mix(np.asarray(values).astype(np.uint64) + state)
-
-
-def _mix(state: np.ndarray) -> np.ndarray:
-    state = state + np.uint64(0x9E3779B97F4A7C15)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
 
 
 # -- loader processes --------------------------------------------------------------------------------
@@ -332,7 +320,7 @@ def _load(split: Split, steps: list[np.ndarray], *, num_workers: int) -> Iterato
     # Its own generator: the iterator's base seed must not be drawn from the global one, which a resumed run restores.
     loader: DataLoader = DataLoader(
         _Guarded(split),  # type: ignore[arg-type]
-        batch_sampler=steps,
+        batch_sampler=steps,  # type: ignore[arg-type]
         collate_fn=_same,
         num_workers=num_workers,
         generator=torch.Generator(),

@@ -25,8 +25,8 @@ class Samples(Protocol):
     labels: np.ndarray
     fingerprint: str
 
-    def read(self, indices: Sequence[int]) -> list[np.ndarray]:
-        """Decoded images, each uint8 [H, W] or [H, W, 3], in the order of `indices`."""
+    def read(self, indices: Sequence[int] | np.ndarray) -> Sequence[np.ndarray] | np.ndarray:
+        """Decoded images, each uint8 [H, W] or [H, W, 3], in the order of `indices`; as one array where sizes agree."""
         ...
 
 

@@ -1,7 +1,115 @@
-from typing import Literal
+"""A CSV list of image files: columns `path`, `label` and, if wanted, `split` (train, val or test).
 
-from bmctl.schema import Strict
+Other columns are passed over. Paths are relative to the list. Without `split`, val and test are carved by ratio, chosen
+by a hash of the path.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from bmctl.errors import DataError
+from bmctl.schema import Many, Strict
+from bmctl.sources.samples import FileSamples, Row, file_samples
+
+SPLITS = ("train", "val", "test")
 
 
 class Config(Strict):
+    """Attributes:
+    path: The list; relative to where bmctl is started.
+    val: Share that validates, where there is no column split.
+    test: Share that tests, where there is no column split.
+    seed: Of that choice.
+    class_names: The labels there may be, in order; without, those that occur, sorted (whole numbers by value).
+    """
+
     kind: Literal["csv"] = "csv"
+    path: str
+    val: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    test: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    class_names: Many[str] | None = None
+
+
+def open(config: Config, *, split: str) -> FileSamples:
+    """The samples of `train`, `val` or `test`.
+
+    Raises:
+        DataError: The list or one of its files is missing or unreadable; a column, label or split is missing or
+            unknown; a path stands in it twice.
+    """
+    path = Path(config.path)
+    lines = _lines(path)
+    rows: list[Row] = []
+    seen: dict[Path, int] = {}
+    for number, fields in lines:
+        where = f"{path}, line {number}"
+        label, part = fields["label"].strip(), fields.get("split", "").strip()
+        if not label:
+            raise DataError(f"{where}: the label is missing")
+        if config.class_names is not None and label not in config.class_names:
+            raise DataError(f"{where}: label {label!r} is not one of data.source.class_names")
+        if "split" in fields and part not in SPLITS:
+            raise DataError(f"{where}: split {part!r}, expected train, val or test")
+        image = Path(os.path.normpath(path.parent / fields["path"]))
+        if image in seen:
+            raise DataError(
+                f"{where}: {fields['path']!r} stands in line {seen[image]} already",
+                hint="keep one of the two: a repeated image would leak from one split into another",
+            )
+        seen[image] = number
+        rows.append(Row(image, _size(image, where=where), label, split=part or None))
+    return file_samples(rows, split=split, config=config, base=path.parent, class_names=config.class_names)
+
+
+def _lines(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """Line number and fields of every row."""
+    import csv
+
+    if not path.is_file():
+        raise DataError(f"data.source.path: {str(path)!r} is not a file", hint="--set data.source.path=FILE.csv")
+    try:
+        # utf-8-sig takes the mark that spreadsheets put in front; newline="" leaves quoted newlines alone.
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            columns = reader.fieldnames or []
+            missing = [name for name in ("path", "label") if name not in columns]
+            if missing:
+                raise DataError(
+                    f"{path}: no column {' and '.join(missing)}; its columns are {', '.join(columns) or 'none'}",
+                    hint="let the first line be: path,label",
+                )
+            lines = []
+            for fields in reader:
+                if None in fields or None in fields.values():
+                    raise DataError(
+                        f"{path}, line {reader.line_num}: expected {len(columns)} fields, as in the first line"
+                    )
+                lines.append((reader.line_num, fields))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})", hint="check its permissions") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not a CSV file in UTF-8 ({error})", hint="save it as CSV, UTF-8") from error
+    if not lines:
+        raise DataError(f"{path}: no rows after the first line")
+    return lines
+
+
+def _size(image: Path, *, where: str) -> int:
+    """Bytes of the image file."""
+    try:
+        known = image.stat()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise DataError(
+            f"{where}: {str(image)!r} cannot be read ({reason})", hint="paths are relative to the CSV file"
+        ) from error
+    if not stat.S_ISREG(known.st_mode):
+        raise DataError(f"{where}: {str(image)!r} is not a regular file")
+    return known.st_size

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
+
+from bmctl.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,12 +42,14 @@ class FileSamples:
 
     Attributes:
         paths: One per sample.
+        sizes: Bytes of each file.
         labels: int64 [N].
         fingerprint: SHA-256 over relative path, size in bytes and label of every sample: contents would take too long.
     """
 
     class_names: tuple[str, ...]
     paths: tuple[Path, ...]
+    sizes: tuple[int, ...]
     labels: np.ndarray
     fingerprint: str
 
@@ -75,3 +80,84 @@ def array_samples(images: np.ndarray, labels: np.ndarray, *, class_names: Sequen
     images.flags.writeable = False
     labels.flags.writeable = False
     return ArraySamples(tuple(class_names), images, labels, digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image file of a list; `split` of None leaves the choice to the ratios."""
+
+    path: Path
+    size_bytes: int
+    label: str
+    split: str | None = None
+
+
+class Carving(Protocol):
+    """What a source's Config says about splits that are not given."""
+
+    @property
+    def val(self) -> float: ...
+    @property
+    def test(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def file_samples(
+    rows: Sequence[Row], *, split: str, config: Carving, base: Path, class_names: Sequence[str] | None = None
+) -> FileSamples:
+    """The rows of one split, as samples.
+
+    A split that no row names is carved from the training rows by ratio.
+
+    Args:
+        rows: All rows of all splits.
+        split: Which to give back.
+        config: Ratios and seed for what has to be carved.
+        base: The paths of the fingerprint and the carving are relative to it, so that a data set may be moved.
+        class_names: The classes in order; None takes the labels that occur, sorted.
+
+    Raises:
+        DataError: No samples, fewer than two classes, or a class without training samples.
+    """
+    import hashlib
+
+    import numpy as np
+
+    from bmctl.engine.chance import carve
+
+    names = tuple(class_names or sorted({row.label for row in rows}, key=_label_order))
+    if len(names) < 2:
+        raise DataError(f"{base}: all images are of one class, {names[0]!r}; expected at least two")
+    index = {name: position for position, name in enumerate(names)}
+    labels = np.array([index[row.label] for row in rows], np.int64)
+    names_of_files = [os.fsencode(os.path.relpath(row.path, base)) for row in rows]
+    splits = np.array([row.split or "train" for row in rows])
+    ratios = {name: getattr(config, name) for name in ("val", "test") if name not in splits}
+    pool = np.flatnonzero(splits == "train")
+    keys = np.array([int.from_bytes(hashlib.sha256(names_of_files[i]).digest()[:8]) for i in pool], np.uint64)
+    parts = carve(keys, labels[pool], ratios=ratios, seed=config.seed, rest="train") if len(pool) else {}
+    picked = pool[parts[split]] if split in parts else np.flatnonzero(splits == split)
+    train = pool[parts["train"]] if parts else pool
+    absent = sorted(set(range(len(names))) - set(labels[train].tolist()))
+    if absent:
+        raise DataError(
+            f"{base}: no training images of the class {names[absent[0]]!r}",
+            hint="every class needs at least 3 images, of which one trains, one validates, one tests",
+        )
+    digest = hashlib.sha256(repr(names).encode())
+    chosen = [int(i) for i in picked]
+    for i in chosen:
+        digest.update(b"%s\0%d\0%d\n" % (names_of_files[i], rows[i].size_bytes, labels[i]))
+    return FileSamples(
+        class_names=names,
+        paths=tuple(rows[i].path for i in chosen),
+        sizes=tuple(rows[i].size_bytes for i in chosen),
+        labels=labels[chosen],
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def _label_order(label: str) -> tuple[int, int, str]:
+    """Whole numbers by value, before names."""
+    return (0, int(label), label) if label.isascii() and label.isdigit() else (1, 0, label)
