@@ -125,7 +125,8 @@ def records(directory: Path) -> dict[str, FileRecord]:
 
 def write_manifest(directory: Path, manifest: Strict) -> None:
     """Write `manifest.json`, canonically: sorted keys, no nan, a newline at the end."""
-    text = json.dumps(manifest.model_dump(mode="json"), sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
+    # In mode "json" pydantic would write nan as null.
+    text = json.dumps(manifest.model_dump(), sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
     with disk_errors(directory / MANIFEST):
         (directory / MANIFEST).write_bytes(text.encode() + b"\n")
 

@@ -47,7 +47,7 @@ def load_weights(model: nn.Module, path: Path, *, aliases: Mapping[str, str]) ->
             f"{path} does not fit the model that its manifest names: {_first_few(wrong)}",
             hint="the weights belong to another model: restore this package from where it came",
         )
-    bad = [name for name, tensor in found.items() if not _is_finite(tensor)]
+    bad = [name for name, tensor in found.items() if not is_finite(tensor)]
     if bad:
         raise PackageError(f"{path} holds nan or inf in {_first_few(bad)}")
     with torch.no_grad():
@@ -78,7 +78,7 @@ def save_weights(model: nn.Module, path: Path) -> dict[str, str]:
     from safetensors.torch import save_file
 
     state = model.state_dict()
-    bad = [name for name, tensor in state.items() if not _is_finite(tensor)]
+    bad = [name for name, tensor in state.items() if not is_finite(tensor)]
     if bad:
         raise DivergedError(
             f"the model holds nan or inf in {_first_few(bad)}; it is not saved",
@@ -93,7 +93,8 @@ def save_weights(model: nn.Module, path: Path) -> dict[str, str]:
     return aliases
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is nan or inf; integers always are."""
     import torch
 
     if not (tensor.is_floating_point() or tensor.is_complex()):
