@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bmctl.errors import DependencyError, RecipeError, UsageError, WorkerError
+from bmctl import errors
+from bmctl.errors import BmctlError, DependencyError, RecipeError, UsageError, WorkerError
 from bmctl.recipe import LaunchConfig
 
 
@@ -50,8 +51,8 @@ def join(launch: LaunchConfig) -> Group:
     rank, local_rank = _from_env("RANK", default=0), _from_env("LOCAL_RANK", default=0)
     if world > 1 and "RANK" not in os.environ:
         raise UsageError("WORLD_SIZE is set but RANK is not", hint="unset WORLD_SIZE, or start through torchrun")
-    device = _choose_device(launch, local_rank=local_rank)
     local_world = _from_env("LOCAL_WORLD_SIZE", default=1)
+    device = _choose_device(launch, local_rank=local_rank, local_world=local_world)
     threads = launch.threads or _from_env("OMP_NUM_THREADS", default=0) or max(1, num_cores() // local_world)
     torch.set_num_threads(threads)
     if device.type == "cuda":
@@ -98,19 +99,23 @@ class Vote:
     """
 
     def __init__(self, group: Group, values: Sequence[int]) -> None:
-        self._values = torch.tensor(values, dtype=torch.int64)
-        self._work = dist.all_reduce(self._values, dist.ReduceOp.MAX, async_op=True) if group.world > 1 else None
+        self._values = list(values)
+        self._work = None
+        if group.world > 1:
+            self._shared = torch.tensor(self._values, dtype=torch.int64)
+            self._work = dist.all_reduce(self._shared, dist.ReduceOp.MAX, async_op=True)
 
     def result(self) -> list[int]:
         """Per position the maximum over all ranks."""
         if self._work is not None:
             self._work.wait()
-        return [int(value) for value in self._values]
+            self._values, self._work = self._shared.tolist(), None
+        return self._values
 
 
 def agree(group: Group, value: bool) -> bool:
     """True everywhere if `value` is true on any rank."""
-    return bool(Vote(group, [int(value)]).result()[0]) if group.world > 1 else value
+    return bool(Vote(group, [int(value)]).result()[0])
 
 
 def barrier(group: Group) -> None:
@@ -131,17 +136,35 @@ def gather(group: Group, value: Mapping[str, Any] | None) -> list[Any]:
     return [json.loads(bytes(part.numpy()).decode()) for part in parts]
 
 
-def _choose_device(launch: LaunchConfig, *, local_rank: int) -> torch.device:
+def settle(group: Group, error: BmctlError | None) -> None:
+    """Go on only if no rank has an error; else raise, on every rank, that of the lowest rank."""
+    if group.world == 1:
+        if error is not None:
+            raise error
+        return
+    for rank, fields in enumerate(gather(group, error.to_dict() if error is not None else None)):
+        if fields is not None:
+            raise error if error is not None and rank == group.rank else _rebuild(fields)
+
+
+def _rebuild(fields: Mapping[str, Any]) -> BmctlError:
+    """An error of another process, of the same class and with the same exit code."""
+    error: BmctlError = getattr(errors, fields["error"], WorkerError)(fields["message"], hint=fields["hint"])
+    error.exit_code = fields["exit_code"]
+    return error
+
+
+def _choose_device(launch: LaunchConfig, *, local_rank: int, local_world: int) -> torch.device:
     if launch.device == "cpu":
         return torch.device("cpu")
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if launch.device == "auto" and num_gpus <= local_rank:
+    if launch.device == "auto" and num_gpus < local_world:
         return torch.device("cpu")
     if num_gpus == 0:
         raise DependencyError("launch.device is cuda, but torch sees no GPU here", hint="--device cpu")
-    if num_gpus <= local_rank:
+    if num_gpus < local_world:
         raise DependencyError(
-            f"launch.device is cuda for {local_rank + 1} or more processes, but torch sees {num_gpus} GPUs",
+            f"launch.device is cuda for {local_world} processes, but torch sees {num_gpus} GPUs",
             hint=f"--set launch.nproc={num_gpus}",
         )
     return torch.device("cuda", local_rank)

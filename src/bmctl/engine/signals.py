@@ -81,6 +81,7 @@ def catch_signals(*, grace_s: float = 30.0) -> Iterator[Stop]:
     except _Abandoned as gone:
         raise interrupted(gone.signum, gone.why) from None
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        if stop.requested is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)

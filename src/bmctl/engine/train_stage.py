@@ -1,0 +1,132 @@
+"""The stage `train`: from a recipe to the run's first package."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bmctl.engine import appraise, measure, randomness
+from bmctl.engine.context import StageContext
+from bmctl.engine.data import Split, array_batches, data_fingerprint, open_split, resolve_preprocess
+from bmctl.engine.parallel import settle
+from bmctl.engine.train import FitResult, fit, training_key
+from bmctl.errors import BmctlError, RecipeError, UsageError
+from bmctl.models import ModelSpec, build
+from bmctl.package import Manifest, ModelPackage, open_package, save_package
+from bmctl.recipe import recipe_yaml
+from bmctl.schema import TensorSpec
+from bmctl.tasks import TASKS
+from bmctl.weights import save_weights
+
+STAGE = "train"
+
+
+def train_stage(context: StageContext) -> ModelPackage | None:
+    """Train the recipe's model and publish it as RUN/packages/00-train, unless that is done already.
+
+    Returns:
+        The package; None on all ranks but the first.
+
+    Raises:
+        UsageError: The package there is of another recipe or other data, and `overwrite` is not given.
+        BmctlError: What `fit` raises.
+    """
+    recipe = context.recipe
+    if recipe.train is None or recipe.model is None or recipe.task is None or recipe.data is None:
+        missing = [name for name in ("model", "data", "task", "train") if getattr(recipe, name) is None]
+        raise RecipeError(f"recipe {recipe.name!r} cannot be trained: it has no {' and no '.join(missing)} section")
+    target = context.run / "packages" / "00-train"
+    key = training_key(recipe, data_fingerprint=data_fingerprint(recipe))
+    done = _done(context, target, key=key)
+    if done is not None:
+        return done if context.group.leads else None
+    preprocess = resolve_preprocess(recipe)
+    train = open_split(recipe, name="train", preprocess=preprocess, augment=True)
+    val = open_split(recipe, name="val", preprocess=preprocess)
+    spec = ModelSpec(
+        name=recipe.model.name,
+        args=recipe.model.args,
+        num_classes=len(train.class_names),
+        channels=preprocess.channels,
+        size=preprocess.size,
+    )
+    randomness.seed_all(recipe.seed, stage="build")
+    model = build(spec, pretrained=recipe.model.pretrained)
+    result = fit(
+        model,
+        fit=recipe.train,
+        train=train,
+        val=val,
+        task=TASKS[recipe.task.kind],
+        task_config=recipe.task,
+        context=context,
+        stage=STAGE,
+        seed=recipe.seed,
+    )
+    error, package = None, None
+    if context.group.leads:
+        try:
+            package = _publish(context, model, result, spec=spec, val=val, target=target, key=key)
+        except BmctlError as failed:
+            error = failed
+    settle(context.group, error)
+    return package
+
+
+def _done(context: StageContext, target: Path, *, key: str) -> ModelPackage | None:
+    if not target.exists() or context.overwrite:
+        return None
+    package = open_package(target)
+    if package.manifest.key != key:
+        raise UsageError(
+            f"{target} was trained with another recipe or on other data",
+            hint="train into another run with -o RUN, or add --overwrite to redo it",
+        )
+    if context.group.leads:
+        context.emit({"event": "skip", "stage": STAGE, "text": f"{target} is there, of the same recipe and data"})
+    return package
+
+
+def _publish(
+    context: StageContext, model: nn.Module, result: FitResult, *, spec: ModelSpec, val: Split, target: Path, key: str
+) -> ModelPackage:
+    evaluation, preprocess, recipe = result.val, val.preprocess, context.recipe
+    assert evaluation is not None and recipe.task is not None
+    example = torch.from_numpy(next(array_batches(val, batch_size=2))[0])
+    numbers = appraise.module_numbers(context, model, before=None, example=example)
+    shape = (None, preprocess.channels, *preprocess.size)
+    meaning = "normalised image, channels first"
+    manifest = Manifest(
+        stage=STAGE,
+        key=key,
+        model=spec,
+        inputs=(TensorSpec(name="input", shape=shape, dtype="float32", meaning=meaning),),
+        outputs=(TensorSpec(name="logits", shape=(None, spec.num_classes), dtype="float32", meaning="class scores"),),
+        preprocess=preprocess,
+        class_names=val.class_names,
+        task=recipe.task.model_dump(mode="json"),
+        metrics={
+            "size_bytes": _size_bytes(model.cpu()),
+            "val": appraise.metric_of(evaluation),
+            "train": {"steps": result.steps, "best_step": result.best_step, "precision": result.precision},
+            **numbers,
+        },
+        data_fingerprint=data_fingerprint(recipe),
+        notes=result.notes,
+    )
+    package = save_package(
+        target, manifest=manifest, recipe_yaml=recipe_yaml(recipe), model=model, overwrite=context.overwrite
+    )
+    appraise.file_score(context, package, evaluation, backend="eager")
+    context.emit({"event": "stage_done", "stage": STAGE, "package": str(target), **package.manifest.metrics})
+    return package
+
+
+def _size_bytes(model: nn.Module) -> int:
+    """Of the weights' file, which the manifest beside it has to tell."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_weights(model, Path(folder, "weights.safetensors"))
+        return measure.size_bytes(Path(folder, "weights.safetensors"))
