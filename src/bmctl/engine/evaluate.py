@@ -5,26 +5,25 @@ What is worth an artifact is read once: the result, with every sample's score, i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
 from bmctl import store
-from bmctl.backends import Runner
+from bmctl.backends import Runner, onnxruntime
 from bmctl.engine import scores
 from bmctl.engine.context import StageContext
-from bmctl.engine.signals import Stop, interrupted
+from bmctl.engine.data import Split, array_batches, open_split
+from bmctl.engine.signals import interrupted
 from bmctl.errors import DivergedError, GateError, UsageError
+from bmctl.package import find_package, load_model
 from bmctl.recipe import Recipe
-from bmctl.schema import Emit, Preprocess
+from bmctl.schema import Preprocess
 from bmctl.tasks import TASKS, Evaluation, Part
-
-if TYPE_CHECKING:
-    from bmctl.engine.data import Split
 
 BATCH_SIZE = 64
 
@@ -89,84 +88,154 @@ def evaluate_part(
     """
     recipe = source if isinstance(source, Recipe) else source.recipe
     context = None if isinstance(source, Recipe) else source
+    samples = _open(recipe, split, preprocess)
+    key = None
     if context is not None and artifact is not None:
-        known = find_evaluation(context, artifact=artifact, backend=backend, split=split, preprocess=preprocess)
+        key = _key(recipe, samples, artifact, backend, split)
+        known = _find(context, key)
         if known is not None:
             return known
-    evaluation = _evaluate(recipe, part, split, preprocess, backend, batch_size, context)
-    if context is not None and artifact is not None:
-        keep_evaluation(context, evaluation, artifact=artifact, backend=backend, split=split, preprocess=preprocess)
+    assert recipe.task is not None  # _open has checked
+    part = _finite(part, backend)
+    batches = _batches(samples, batch_size=batch_size, split=split, context=context)
+    evaluation: Evaluation = TASKS[recipe.task.kind].evaluate({"model": part}, batches, config=recipe.task)
+    if context is not None and key is not None:
+        _keep(context, evaluation, key)
     return evaluation
+
+
+def evaluate_artifact(context: StageContext, source: Path, *, split: str) -> Evaluation:
+    """The task's metric on a package, a run's newest package, or a deployed artifact; read, not run, where known.
+
+    Args:
+        context: Its recipe says what data and which task.
+        source: Directory of a run, of a package, or of an artifact below RUN/deploy.
+        split: ``val`` or ``test``.
+
+    Raises:
+        PackageError: Missing, corrupt, or not one of these.
+        UsageError: No preprocessing is recorded, as of a foreign graph, or the recipe has no task or no data.
+        DependencyError: This machine cannot run it.
+    """
+    if _is_deployed(source):
+        from bmctl.engine.export import open_deployed, open_runner
+
+        deployed = open_deployed(source)
+        about = deployed.manifest
+        options = {"artifact": deployed.hash, "backend": about.backend, "split": split}
+        preprocess = _preprocess(source, about.preprocess)
+        known = find_evaluation(context, preprocess=preprocess, **options)
+        if known is not None:
+            return known
+        with open_runner(deployed) as runner:
+            part = runner_part(runner, min_batch=about.batch.min)
+            size = min(BATCH_SIZE, about.batch.max)
+            return evaluate_part(context, part, preprocess=preprocess, batch_size=size, **options)
+    package = find_package(source)
+    preprocess = _preprocess(package.path, package.manifest.preprocess)
+    backend = "onnxruntime" if package.manifest.frozen else "eager"
+    options = {"artifact": package.hash, "backend": backend, "split": split}
+    known = find_evaluation(context, preprocess=preprocess, **options)
+    if known is not None:
+        return known
+    if not package.manifest.frozen:
+        part = eager_part(load_model(package), context.group.device)
+        return evaluate_part(context, part, preprocess=preprocess, **options)
+    with onnxruntime.open(package.graph, config=onnxruntime.Config()) as runner:
+        return evaluate_part(context, runner_part(runner), preprocess=preprocess, **options)
 
 
 def find_evaluation(
     context: StageContext, *, artifact: str, backend: str, split: str, preprocess: Preprocess
 ) -> Evaluation | None:
     """What RUN/evaluations already knows about an artifact, so that it need not even be opened; None where nothing."""
-    path = scores.path_of(context.run, artifact=artifact, split=split)
-    key = _key(context.recipe, artifact, backend, split, preprocess)
-    try:
-        scored = scores.read(path)
-    except FileNotFoundError:
-        return None
-    except (ValueError, OSError) as error:
-        _note(context.emit, f"{path}: not readable as an evaluation ({error}); evaluating again")
-        return None
-    if scored.key != key:
-        names = [name for name in type(key).model_fields if getattr(key, name) != getattr(scored.key, name)]
-        _note(context.emit, f"{path}: is of another {', '.join(names)}; evaluating again")
-        return None
-    return scores.unpack(scored)
+    return _find(context, _key(context.recipe, _open(context.recipe, split, preprocess), artifact, backend, split))
 
 
 def keep_evaluation(
     context: StageContext, evaluation: Evaluation, *, artifact: str, backend: str, split: str, preprocess: Preprocess
 ) -> Path:
     """Write an evaluation into RUN/evaluations, such as one that was made before its package had a hash."""
-    key = _key(context.recipe, artifact, backend, split, preprocess)
-    path = scores.path_of(context.run, artifact=artifact, split=split)
-    path.parent.mkdir(exist_ok=True)
+    key = _key(context.recipe, _open(context.recipe, split, preprocess), artifact, backend, split)
+    return _keep(context, evaluation, key)
+
+
+def _find(context: StageContext, key: scores.Key) -> Evaluation | None:
+    path = scores.path_of(context.run, artifact=key.artifact, split=key.split)
+    try:
+        scored = scores.read(path)
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        _note(context, f"{path} is not readable as an evaluation ({error}): evaluating again")
+        return None
+    if scored.key != key:
+        names = [name for name in type(key).model_fields if getattr(key, name) != getattr(scored.key, name)]
+        _note(context, f"{path} is of another {', '.join(names)}: evaluating again")
+        return None
+    return scores.unpack(scored)
+
+
+def _keep(context: StageContext, evaluation: Evaluation, key: scores.Key) -> Path:
+    path = scores.path_of(context.run, artifact=key.artifact, split=key.split)
+    path.parent.mkdir(parents=True, exist_ok=True)
     store.write_atomic(path, scores.pack(evaluation, key=key).model_dump_json().encode())
     return path
 
 
-def _evaluate(
-    recipe: Recipe,
-    part: Part,
-    split: str,
-    preprocess: Preprocess,
-    backend: str,
-    batch_size: int,
-    context: StageContext | None,
-) -> Evaluation:
-    from bmctl.engine.data import open_split
-
+def _open(recipe: Recipe, split: str, preprocess: Preprocess) -> Split:
     if recipe.task is None or recipe.data is None:
         raise UsageError(
             f"there is nothing to evaluate on: recipe {recipe.name!r} has no {'task' if recipe.data else 'data'}",
             hint="give a recipe with both: --recipe RECIPE",
         )
-    samples = open_split(recipe, name=split, preprocess=preprocess)
-    stop = context.stop if context else None
-    emit = context.emit if context else None
-    task = TASKS[recipe.task.kind]
-    batches = _batches(samples, batch_size=batch_size, split=split, stop=stop, emit=emit)
-    return task.evaluate({"model": _finite(part, backend)}, batches, config=recipe.task)
+    return open_split(recipe, name=split, preprocess=preprocess)
+
+
+def _key(recipe: Recipe, samples: Split, artifact: str, backend: str, split: str) -> scores.Key:
+    assert recipe.task is not None
+    assert recipe.data is not None  # _open has checked
+    return scores.Key(
+        artifact=artifact,
+        backend=backend,
+        data=samples.fingerprint,
+        split=split,
+        limit=getattr(recipe.data, split).limit,
+        task=recipe.task.model_dump(mode="json"),
+        preprocess=samples.preprocess.model_dump(mode="json"),
+    )
+
+
+def _is_deployed(source: Path) -> bool:
+    """Whether a directory holds an artifact: its manifest says for which backend, a package's does not."""
+    try:
+        manifest = json.loads((source / store.MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False  # find_package says what is wrong
+    return isinstance(manifest, dict) and "backend" in manifest
+
+
+def _preprocess(source: Path, preprocess: Preprocess | None) -> Preprocess:
+    if preprocess is None:
+        raise UsageError(
+            f"{source} does not record how images become its input, as a foreign graph's does not: it has no metric",
+            hint="measure its parity, latency and size: bmctl export",
+        )
+    return preprocess
 
 
 def _batches(
-    samples: Split, *, batch_size: int, split: str, stop: Stop | None, emit: Emit | None
+    samples: Split, *, batch_size: int, split: str, context: StageContext | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    from bmctl.engine.data import array_batches
-
     done = 0
     for x, y in array_batches(samples, batch_size=batch_size):
-        if stop is not None and stop.requested is not None:
-            raise interrupted(stop.requested, "stopped during evaluation; run the same command again")
+        if context is not None and context.stop.requested is not None:
+            raise interrupted(context.stop.requested, "stopped during evaluation; run the same command again")
         yield x, y
         done += len(y)
-        if emit is not None:
-            emit({"event": "progress", "text": f"evaluating on {split}", "done": done, "total": len(samples)})
+        if context is not None:
+            text = f"evaluating on {split}"
+            context.emit({"event": "progress", "text": text, "done": done, "total": len(samples)})
 
 
 def _finite(part: Part, backend: str) -> Part:
@@ -185,21 +254,5 @@ def _finite(part: Part, backend: str) -> Part:
     return checked
 
 
-def _key(recipe: Recipe, artifact: str, backend: str, split: str, preprocess: Preprocess) -> scores.Key:
-    from bmctl.engine.data import data_fingerprint
-
-    if recipe.task is None or recipe.data is None:
-        raise UsageError(f"recipe {recipe.name!r} has no data or no task", hint="give one: --recipe RECIPE")
-    return scores.Key(
-        artifact=artifact,
-        backend=backend,
-        data=data_fingerprint(recipe),
-        split=split,
-        limit=getattr(recipe.data, split).limit,
-        task=recipe.task.model_dump(mode="json"),
-        preprocess=preprocess.model_dump(mode="json"),
-    )
-
-
-def _note(emit: Emit, text: str) -> None:
-    emit({"event": "note", "stage": "evaluate", "text": text})
+def _note(context: StageContext, text: str) -> None:
+    context.emit({"event": "note", "stage": "evaluate", "text": text})
