@@ -6,10 +6,12 @@ NO_COLOR, CI or TERM=dumb, the same is said in plain lines.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -21,12 +23,14 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table as Grid
 from rich.text import Text
 
-from bmctl import page, wording
-from bmctl.errors import BmctlError, RecipeError
+from bmctl import page, rows, wording
+from bmctl.errors import BmctlError, InterruptedRunError, RecipeError
 
 if TYPE_CHECKING:
     from bmctl.doctor import Check
+    from bmctl.engine.infer import Prediction
     from bmctl.rows import Report
+    from bmctl.tasks import Evaluation
 
 Part = str | tuple[str, str]
 """A piece of text, or one with its style."""
@@ -127,12 +131,27 @@ class Console:
         self.out.write(text if text.endswith("\n") else text + "\n")
         return not self.out.gone
 
-    def report(self, report: Report, *, as_data: bool = True) -> None:
-        """A report as tables: on stdout, or on stderr at the end of a command whose data is something else."""
-        if self.quiet and not as_data:
+    def evaluation(self, found: Evaluation, *, split: str) -> None:
+        """The metric of one artifact on one split, on stdout."""
+        metric = page.metric_of(found)
+        if self.as_json:
+            fields = {"split": split, **dataclasses.asdict(metric), "extra": dict(found.extra)}
+            self.data(json.dumps(rows.finite(fields), indent=2))
+        elif not self.quiet:
+            self.data(page.evaluation_text(metric, split=split, extra=found.extra))
+
+    def predictions(self, predictions: Sequence[Prediction]) -> None:
+        """The first few predictions, on stdout, for reading along."""
+        if not (self.quiet or self.as_json):
+            for line in wording.prediction_lines(predictions):
+                self.data(line)
+
+    def report(self, report: Report) -> None:
+        """A report as tables, on stdout."""
+        if self.quiet:
             return
         self.clear()
-        show = _rich(self.out, live=is_live(sys.stdout)) if as_data else self.rich
+        show = _rich(self.out, live=is_live(sys.stdout))
         for sentence in page.summary(report):
             show.print(_text(sentence))
         for make in (page.package_table, page.artifact_table):
@@ -174,16 +193,19 @@ class Console:
         """A result, in one line."""
         self._say(text, plain=f"{stage}: {text}" if stage else text)
 
-    def error(self, error: BmctlError) -> None:
+    def error(self, error: BaseException, *, debug: bool = False) -> None:
         """What went wrong, where, and what mends it: on stderr, and with `as_json` as fields on stdout too."""
         self.clear()
+        if debug:
+            self.err.write(wording.printable("".join(traceback.format_exception(error))))
+        known = error if isinstance(error, BmctlError) else _as_known(error)
         if self.as_json:
-            self.data(json.dumps(error.to_dict(), indent=2))
-        parts: list[Part] = [("error: ", "bold red"), error.message]
-        for problem in error.problems if isinstance(error, RecipeError) else ():
+            self.data(json.dumps(known.to_dict(), indent=2))
+        parts: list[Part] = [("error: ", "bold red"), known.message]
+        for problem in known.problems if isinstance(known, RecipeError) else ():
             parts.append("\n  " + str(problem).replace("\n", "\n  "))
-        if error.hint:
-            parts += ["\n  ", ("hint: ", "bold cyan"), error.hint]
+        if known.hint:
+            parts += ["\n  ", ("hint: ", "bold cyan"), known.hint]
         self._say(*parts, always=True)
 
     def emit(self, event: Mapping[str, object]) -> None:
@@ -238,8 +260,18 @@ class Console:
 
 def _finish(console: Console, event: Mapping[str, object], stage: str) -> None:
     console.clear()
-    if event.get("text"):
-        console.line(str(event["text"]), stage=stage)
+    console.line(wording.done_line(event), stage=stage)
+
+
+def _as_known(error: BaseException) -> BmctlError:
+    """What is nobody's fault but ours, or Ctrl-C, in the same form as all errors."""
+    if isinstance(error, KeyboardInterrupt):
+        return InterruptedRunError("interrupted")
+    notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
+    return BmctlError(
+        f"a bug in bmctl: {type(error).__name__}: {error}{notes}",
+        hint="please report it with the output of the same command and --debug",
+    )
 
 
 # What the engine's events look like; any other is for metrics.jsonl alone.

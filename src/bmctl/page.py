@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from bmctl.rows import Comparison, Metric, Report, Row
+
+if TYPE_CHECKING:
+    from bmctl.tasks import Evaluation
 
 NOTHING = "-"
 
@@ -49,6 +54,13 @@ def metric_text(metric: Metric | None, *, interval: bool = True) -> str:
         return NOTHING
     scale, unit, digits = (100, " %", 1) if metric.is_share else (1, "", 4)
     return _with_interval(metric, scale, digits, unit, interval=interval)
+
+
+def trivial_text(metric: Metric) -> str:
+    """``10.0 %``: what a predictor that ignores its input gets."""
+    if metric.trivial is None:
+        return NOTHING
+    return f"{metric.trivial * 100:.1f} %" if metric.is_share else f"{metric.trivial:.4f}"
 
 
 def drop_text(drop: Comparison | None, *, is_share: bool, interval: bool = True, digits: int | None = None) -> str:
@@ -190,7 +202,7 @@ def summary(report: Report) -> list[str]:
     metric = first and (first.test or first.val)
     if first and metric:
         split = "test" if first.test else "val"
-        trivial = f"; a trivial predictor gets {_plain(metric, metric.trivial)}" if metric.trivial is not None else ""
+        trivial = f"; a trivial predictor gets {trivial_text(metric)}" if metric.trivial is not None else ""
         count = f" on {metric.num_samples:,} {split} samples" if metric.num_samples else f" on {split}"
         sentences.append(f"{first.stage or first.name}: {metric.name} {metric_text(metric)}{count}{trivial}.")
     ran = [row for row in report.artifacts if row.samples_per_s and not row.is_original]
@@ -198,6 +210,21 @@ def summary(report: Report) -> list[str]:
         best = max(ran, key=lambda row: row.samples_per_s or 0)
         sentences.append(_praise(best, first))
     return sentences
+
+
+def metric_of(found: Evaluation) -> Metric:
+    """An evaluation as a report's number, with its interval."""
+    from bmctl.engine.stats import is_binary, mean_interval
+
+    low, high = mean_interval(found.scores)
+    return Metric(found.metric, found.value, low, high, len(found.scores), found.baseline, is_binary(found.scores))
+
+
+def evaluation_text(metric: Metric, *, split: str, extra: Mapping[str, float]) -> str:
+    """``accuracy 89.5 % [88.6, 90.3] on 5,000 test samples, loss 0.31; a trivial predictor gets 10.0 %``."""
+    more = "".join(f", {name} {value:.4g}" for name, value in extra.items())
+    text = f"{metric.name} {metric_text(metric)} on {metric.num_samples:,} {split} samples"
+    return f"{text}{more}; a trivial predictor gets {trivial_text(metric)}"
 
 
 def unrun(report: Report) -> list[tuple[str, str]]:
@@ -225,10 +252,6 @@ def _praise(best: Row, first: Row | None) -> str:
         name = metric.name if metric else "metric"
         words += f"; {name} drops by {drop_text(best.drop, is_share=share)}{' points' if share else ''}"
     return words + "."
-
-
-def _plain(metric: Metric, value: float) -> str:
-    return f"{value * 100:.1f} %" if metric.is_share else f"{value:.4f}"
 
 
 HOW_TO_READ = (

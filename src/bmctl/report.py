@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from bmctl import __version__, store
 from bmctl.errors import PackageError
-from bmctl.page import to_markdown
+from bmctl.page import metric_of, to_markdown
 from bmctl.rows import (
     ORIGINAL,
     Comparison,
@@ -225,19 +225,14 @@ def _manifest_metric(value: Mapping[str, Any] | None) -> Metric | None:
 
 
 def _with_metrics(found: _Found, row: Row) -> Row:
-    from bmctl.engine.scores import unpack_scores
-    from bmctl.engine.stats import is_binary, mean_interval
+    from bmctl.engine.scores import unpack
 
     metrics = {}
     for split in ("val", "test"):
         scored = found.evaluation(row.name, split)
         if scored is None:
             continue
-        scores = unpack_scores(scored)
-        low, high = mean_interval(scores)
-        metrics[split] = Metric(
-            scored.metric, scored.value, low, high, scored.num_samples, scored.baseline, is_share=is_binary(scores)
-        )
+        metrics[split] = metric_of(unpack(scored))
     return dataclasses.replace(row, **metrics)  # type: ignore[arg-type]
 
 

@@ -183,12 +183,13 @@ def with_gates(report: Report, results: tuple[GateResult, ...]) -> Report:
 def to_json(report: Report) -> str:
     """The report as one JSON document; what is unknown is null."""
     document = {"format": 1, **dataclasses.asdict(report)}
-    return json.dumps(_finite(document), indent=2, allow_nan=False, ensure_ascii=False)
+    return json.dumps(finite(document), indent=2, allow_nan=False, ensure_ascii=False)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Plain data with null for what JSON has no number for, such as an interval without an end."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
