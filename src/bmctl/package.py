@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, ValidationError
 
 from bmctl import __version__, store
-from bmctl.errors import BmctlError, PackageError, RecipeError, UnsupportedError
+from bmctl.errors import BmctlError, PackageError, RecipeError, ResourceError, UnsupportedError
 from bmctl.methods import METHODS
 from bmctl.models import ModelSpec
 from bmctl.schema import Many, Preprocess, Strict, TensorSpec
@@ -223,7 +223,7 @@ def save_package(
 
     Args:
         target: The package's directory, such as RUN/packages/00-train.
-        manifest: All but `files`, `aliases`, `frozen` and `versions`, which are filled in here.
+        manifest: All but `files`, `aliases`, `frozen`, `versions` and metrics' `size_bytes`, which are filled in here.
         recipe_yaml: The resolved recipe.
         model: Its parameters and buffers are saved; on any device.
         graph: An ONNX file; the package is frozen.
@@ -236,7 +236,7 @@ def save_package(
     """
     if (model is None) == (graph is None):
         raise ValueError("a package holds a model or a graph")
-    aliases: dict[str, str] = Field(default_factory=dict)
+    aliases: dict[str, str] = {}
     with store.publishing(target, overwrite=overwrite) as temporary:
         (temporary / RECIPE).write_text(recipe_yaml, encoding="utf-8")
         if model is not None:
@@ -247,7 +247,9 @@ def save_package(
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(graph.parent / name, temporary / name)
             shutil.copyfile(graph, temporary / GRAPH)
+        main = temporary / (WEIGHTS if graph is None else GRAPH)
         fields = manifest.model_dump() | {
+            "metrics": {"size_bytes": main.stat().st_size, **manifest.metrics},
             "frozen": graph is not None,
             "aliases": aliases,
             "versions": installed_versions(),
@@ -256,6 +258,29 @@ def save_package(
         manifest = Manifest.model_validate_json(json.dumps(fields, allow_nan=False))
         store.write_manifest(temporary, manifest)
     return ModelPackage(path=target, manifest=manifest)
+
+
+def adopt(package: ModelPackage, *, into: Path) -> ModelPackage:
+    """`package` as the first of the run `into`: a copy, byte for byte, so with the same hash.
+
+    Raises:
+        ResourceError: That run starts with another package, or cannot be written to.
+    """
+    target = into / "packages" / f"00-{package.manifest.stage}"
+    there = list_packages(into)
+    if there and store.manifest_hash(there[0]) == package.hash:
+        return open_package(there[0])
+    if there:
+        raise ResourceError(
+            f"the run {into} starts with another package, {there[0].name}, than {package.path}",
+            hint="name another run with -o, or add --overwrite to start over",
+        )
+    with store.publishing(target) as temporary:
+        for name in (*package.manifest.files, store.MANIFEST):
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(package.path / name, temporary / name)
+        store.verify(temporary, package.manifest.files)
+    return ModelPackage(path=target, manifest=package.manifest)
 
 
 def derive(
