@@ -5,14 +5,9 @@ Source: torch.onnx with dynamo=True, https://docs.pytorch.org/docs/stable/onnx_e
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import logging
 import os
 import re
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +17,7 @@ import torch
 from torch import nn
 
 from bmctl.engine import parity
+from bmctl.engine.quiet import listening
 from bmctl.errors import GateError, UnsupportedError
 
 OPSET = 18
@@ -32,9 +28,6 @@ MAX_BYTES = 2**31 - 2**20
 
 TOLERANCE = 1e-4
 """Of fp32 ONNX Runtime against fp32 eager, as a fraction of the output's scale."""
-
-NOISY = ("torch", "onnxscript", "onnx_ir")
-"""Loggers that speak while exporting; torch's own handlers hang on ``torch``."""
 
 
 def export_onnx(
@@ -67,7 +60,7 @@ def export_onnx(
     _check_size(model, limit=MAX_BYTES)
     references = _references(model, example)
     notes: list[str] = []
-    with _listening(notes):
+    with listening(notes):
         proto = _convert(model, example, input_name=input_name, output_name=output_name)
     tidy(proto)
     part = out.with_name(f".{out.name}.tmp-{os.getpid()}")
@@ -214,46 +207,3 @@ def _session_options() -> onnxruntime.SessionOptions:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return re.sub(r"\x1b\[\d+m", "", lines[0])[:300] if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def _listening(notes: list[str]) -> Iterator[None]:
-    """Silence the exporter and keep what it warns about, one line per message, without machine paths."""
-    keep = _Keep(notes)
-    loggers = [logging.getLogger(name) for name in NOISY]
-    loggers += [
-        logger
-        for name, logger in logging.root.manager.loggerDict.items()
-        if isinstance(logger, logging.Logger) and name.startswith(NOISY) and (logger.handlers or not logger.propagate)
-    ]
-    before = [(logger, logger.handlers[:], logger.propagate) for logger in loggers]
-    for logger in loggers:
-        logger.handlers, logger.propagate = [keep], False
-    try:
-        with (
-            warnings.catch_warnings(record=True) as caught,
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("always")
-            yield
-    finally:
-        for logger, handlers, propagate in before:
-            logger.handlers, logger.propagate = handlers, propagate
-    for entry in caught:
-        if not issubclass(entry.category, DeprecationWarning | FutureWarning | PendingDeprecationWarning):
-            keep.add(str(entry.message))
-
-
-class _Keep(logging.Handler):
-    def __init__(self, notes: list[str]) -> None:
-        super().__init__(level=logging.WARNING)
-        self.notes = notes
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.add(record.getMessage())
-
-    def add(self, text: str) -> None:
-        line = " ".join(text.split())[:300]
-        if line and line not in self.notes:
-            self.notes.append(line)
