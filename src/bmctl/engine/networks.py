@@ -81,3 +81,18 @@ class MLP(nn.Module):
 
     def forward(self, x_NCHW: torch.Tensor) -> torch.Tensor:
         return self.layers(x_NCHW)
+
+
+class Logits(nn.Module):
+    """A classifier of transformers that gives its logits alone.
+
+    Args:
+        model: Takes `pixel_values` and gives an output with `logits`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x_NCHW: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values=x_NCHW).logits

@@ -10,8 +10,8 @@ from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Protocol
 
 from bmctl.errors import RecipeError
-from bmctl.models import own
-from bmctl.models.spec import Argument, InputDefaults, ModelConfig, ModelSpec
+from bmctl.models import own, timm, torchvision, transformers
+from bmctl.models.spec import Argument, InputDefaults, ModelConfig, ModelSpec, construct
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,6 +26,7 @@ __all__ = [
     "build",
     "check_name",
     "input_defaults",
+    "resolve",
 ]
 
 
@@ -39,7 +40,9 @@ class ModelSource(Protocol):
         ...
 
 
-MODELS: Mapping[str, ModuleType] = MappingProxyType({"bmctl": own})
+MODELS: Mapping[str, ModuleType] = MappingProxyType(
+    {"bmctl": own, "torchvision": torchvision, "timm": timm, "transformers": transformers}
+)
 
 
 def check_name(name: str) -> None:
@@ -55,7 +58,7 @@ def check_name(name: str) -> None:
 
     prefix, _, bare = name.partition(":")
     known = MODELS[prefix].names()
-    if known and bare not in known:
+    if bare not in known and not (prefix == "transformers" and "/" in bare):  # a repository, which the hub knows
         close = difflib.get_close_matches(bare, known, n=3)
         meant = " or ".join(f"{prefix}:{each}" for each in close)
         raise RecipeError(
@@ -75,6 +78,16 @@ def input_defaults(config: ModelConfig) -> InputDefaults:
     return MODELS[config.name.partition(":")[0]].input_defaults(config)
 
 
+def resolve(spec: ModelSpec) -> ModelSpec:
+    """The spec with everything inside that `build` needs without a network; for a package's manifest.
+
+    Raises:
+        DependencyError: A repository's configuration cannot be downloaded.
+    """
+    check_name(spec.name)
+    return transformers.resolve(spec) if spec.name.startswith("transformers:") else spec
+
+
 def build(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
     """A module from float32 [N, channels, H, W] to logits [N, num_classes].
 
@@ -84,5 +97,16 @@ def build(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
         RecipeError: Unknown name, arguments, size or channels that the model does not take.
         DependencyError: Weights that cannot be downloaded, or an extra that is not installed.
     """
+    import torch
+
     check_name(spec.name)
-    return MODELS[spec.name.partition(":")[0]].build(spec, pretrained=pretrained)
+    model = MODELS[spec.name.partition(":")[0]].build(spec, pretrained=pretrained)
+    # Networks that halve too often for small images say so only when they run.
+    training = model.training
+    with torch.no_grad():
+        logits = construct(lambda: model.eval()(torch.zeros(1, spec.channels, *spec.size)), spec=spec)
+    if not isinstance(logits, torch.Tensor) or logits.shape != (1, spec.num_classes):
+        raise RecipeError(
+            f"model: {spec.name} gives no logits [N, {spec.num_classes}]", hint="take a model that classifies images"
+        )
+    return model.train(training)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable, Collection
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field
 
+from bmctl.errors import RecipeError
 from bmctl.schema import Count, Many, Strict
+
+T = TypeVar("T")
 
 Argument = bool | int | float | str | Many[int]
 
@@ -57,3 +61,34 @@ class InputDefaults(Strict):
 def bare_name(name: str) -> str:
     """``timm:vit_tiny_patch16_224`` without its source."""
     return name.partition(":")[2]
+
+
+def check_fits(spec: ModelSpec, *, reserved: Collection[str]) -> None:
+    """Refuse arguments that bmctl sets itself.
+
+    Raises:
+        RecipeError: One of `reserved` is among the spec's arguments.
+    """
+    taken = sorted(set(spec.args) & set(reserved))
+    if taken:
+        raise RecipeError(
+            f"model.args.{taken[0]}: bmctl sets this itself, from the data and from data.preprocess",
+            hint=f"remove {taken[0]} from model.args",
+        )
+
+
+def construct(make: Callable[[], T], *, spec: ModelSpec) -> T:
+    """Call a constructor with a recipe's arguments.
+
+    Raises:
+        RecipeError: It does not take them.
+    """
+    try:
+        return make()
+    except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError, KeyError, ZeroDivisionError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        given = f" with {dict(spec.args)}" if spec.args else ""
+        raise RecipeError(
+            f"model: {spec.name} cannot be built for images of {spec.size[0]}x{spec.size[1]}{given} ({reason})",
+            hint="check model.args and data.preprocess.size against the model's documentation",
+        ) from error

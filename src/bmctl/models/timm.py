@@ -1,0 +1,109 @@
+"""``timm:NAME``: the classifiers of timm; a tag after a dot names one of several sets of published weights."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from bmctl.errors import RecipeError
+from bmctl.models.downloads import from_hub
+from bmctl.models.spec import InputDefaults, ModelConfig, ModelSpec, bare_name, check_fits, construct
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# What would fetch or read files, or is told by the data.
+_OURS = {
+    "num_classes", "in_chans", "img_size", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path",
+    "cache_dir", "features_only", "scriptable", "exportable", "no_jit", "pretrained_strict",
+}  # fmt: skip
+
+
+@lru_cache
+def names() -> list[str]:
+    """Every name that may follow ``timm:``, with and without a tag."""
+    import timm
+
+    return sorted({*timm.list_models(), *timm.list_models(pretrained=True)})
+
+
+def input_defaults(config: ModelConfig) -> InputDefaults:
+    """The size where the architecture fixes it; all that belongs to published weights if they are asked for."""
+    published = _published(bare_name(config.name))
+    channels, height, width = published.input_size
+    if not config.pretrained:
+        return InputDefaults(size=(height, width) if published.fixed_input_size else None)
+    _check_published(config.name, published)
+    # timm truncates where Preprocess rounds: this fraction leads to the same pixel.
+    shorter = math.floor(height / published.crop_pct)
+    squash = published.crop_mode == "squash" and published.crop_pct == 1.0
+    return InputDefaults(
+        size=(height, width),
+        channels=channels,
+        mean=published.mean,
+        std=published.std,
+        interpolation=published.interpolation if published.interpolation in ("bilinear", "nearest") else "bicubic",
+        crop=None if squash else height / shorter,
+        num_classes=published.num_classes,
+        class_names=_class_names(published),
+    )
+
+
+def build(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
+    """A module from float32 [N, channels, H, W] to logits [N, num_classes].
+
+    Raises:
+        RecipeError: An argument or a size that the model does not take, or no published weights.
+        DependencyError: Weights that cannot be downloaded.
+    """
+    import timm
+
+    name = bare_name(spec.name)
+    check_fits(spec, reserved=_OURS)
+    published = _published(name)
+    size: dict[str, Any] = {}
+    if published.fixed_input_size and tuple(spec.size) != tuple(published.input_size[1:]):
+        size = {"img_size": tuple(spec.size)}
+    if pretrained:
+        _check_published(spec.name, published)
+
+    def make() -> nn.Module:
+        with from_hub(spec.name):
+            return timm.create_model(
+                name,
+                pretrained=pretrained,
+                num_classes=spec.num_classes,
+                in_chans=spec.channels,
+                **size,
+                **spec.args,
+            )
+
+    return construct(make, spec=spec)
+
+
+def _published(name: str) -> Any:
+    """timm's record of a model: size, normalisation, where the weights are."""
+    import timm
+
+    return timm.get_pretrained_cfg(name)
+
+
+def _check_published(name: str, published: Any) -> None:
+    if not published.has_weights:
+        raise RecipeError(
+            f"model.pretrained: there are no published weights of {name}", hint="set model.pretrained to false"
+        )
+
+
+def _class_names(published: Any) -> tuple[str, ...] | None:
+    """ImageNet's, where the number of classes and the weights' tag say so."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    if published.label_names:
+        return tuple(published.label_names)
+    subset = infer_imagenet_subset(published.to_dict())
+    if subset is None:
+        return None
+    info = ImageNetInfo(subset)
+    return tuple(info.index_to_description(index) for index in range(info.num_classes()))
