@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from bmctl.errors import DataError
-from bmctl.schema import Many, Strict
+from bmctl.schema import Many, Strict, resolve_env
 from bmctl.sources.samples import FileSamples, Row, file_samples
 
 SPLITS = ("train", "val", "test")
@@ -44,7 +44,7 @@ def open(config: Config, *, split: str) -> FileSamples:
         DataError: The list or one of its files is missing or unreadable; a column, label or split is missing or
             unknown; a path stands in it twice.
     """
-    path = Path(config.path)
+    path = Path(resolve_env(config.path))
     lines = _lines(path)
     rows: list[Row] = []
     seen: dict[Path, int] = {}

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from bmctl.errors import DataError
-from bmctl.schema import Strict
+from bmctl.schema import Strict, resolve_env
 from bmctl.sources.samples import FileSamples, Row, file_samples
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -41,7 +41,7 @@ def open(config: Config, *, split: str) -> FileSamples:
     Raises:
         DataError: Missing or unreadable folders, an empty class, something that is no image, splits with other classes.
     """
-    root = Path(config.root)
+    root = Path(resolve_env(config.root))
     if not root.is_dir():
         raise DataError(
             f"data.source.root: {config.root!r} is not a folder", hint="--set data.source.root=FOLDER with your images"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from bmctl.errors import DataError
-from bmctl.schema import Many, Strict
+from bmctl.schema import Many, Strict, resolve_env
 from bmctl.sources.samples import ArraySamples, array_samples
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def open(config: Config, *, split: str) -> ArraySamples:
 
     from bmctl.engine.chance import carve
 
-    root, prefix = Path(config.root), _PREFIX[split]
+    root, prefix = Path(resolve_env(config.root)), _PREFIX[split]
     if not root.is_dir():
         raise DataError(
             f"data.source.root: {config.root!r} is not a folder",
