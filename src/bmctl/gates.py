@@ -14,7 +14,7 @@ from bmctl.page import drop_text, limit_text, ratio_text, size_text
 from bmctl.rows import Comparison, GateResult, Report, Row
 
 if TYPE_CHECKING:
-    from bmctl.recipe import GatesConfig
+    from bmctl.sections import GatesConfig
 
 NAMES = ("max_drop", "min_speedup", "max_size_bytes", "max_latency_ms")
 ROUNDING = 1e-9

@@ -156,6 +156,7 @@ def _package_row(found: _Found, path: Path) -> Row:
     metrics = manifest.get("metrics") or {}
     name = f"packages/{path.name}"
     found.hashes[name] = _hashes(path, manifest)
+    found.notes += [f"{name}: {note}" for note in manifest.get("notes") or ()]
     frozen = bool(manifest.get("frozen"))
     return Row(
         name=name,
