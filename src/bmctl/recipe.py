@@ -1,140 +1,199 @@
-"""The recipe: one frozen model of everything a run does."""
+"""Recipes in and out: includes, overrides, defaults, and every problem at once with file, line and column."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
 
-from pydantic import Field
+from pydantic import ValidationError
 
-from bmctl.backends import BACKENDS
-from bmctl.methods import METHODS
-from bmctl.models import ModelConfig
-from bmctl.schema import Count, Fit, Many, Positive, Ratio, Strict
-from bmctl.sources import SOURCES
-from bmctl.tasks import TASKS
+from bmctl.checks import check_sections
+from bmctl.diagnosis import dotted, explain, nearest_place
+from bmctl.draft import Draft, apply_override, check_variables, expand, merge
+from bmctl.errors import Problem, RecipeError
+from bmctl.plan import describe
+from bmctl.sections import (
+    BackendConfig,
+    BatchProfile,
+    CalibConfig,
+    DataConfig,
+    ExportConfig,
+    GatesConfig,
+    InferConfig,
+    LaunchConfig,
+    MeasureConfig,
+    PreprocessConfig,
+    Recipe,
+    SourceConfig,
+    SplitConfig,
+    Step,
+    TaskConfig,
+)
+from bmctl.shape import DEFAULT_KIND, recipe_schema
+from bmctl.yamlio import read_yaml, yaml_text
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}$")]
+__all__ = [
+    "BackendConfig", "BatchProfile", "CalibConfig", "DataConfig", "ExportConfig", "GatesConfig", "InferConfig",
+    "LaunchConfig", "MeasureConfig", "PreprocessConfig", "Recipe", "SourceConfig", "SplitConfig", "Step", "TaskConfig",
+    "bare_recipe", "builtin_recipes", "describe", "find_recipe", "load_recipe", "recipe_schema", "recipe_yaml",
+]  # fmt: skip
 
-# The plug-in tables are the single source of what a recipe may name.
-SourceConfig = Annotated[Union[tuple(m.Config for m in SOURCES.values())], Field(discriminator="kind")]  # type: ignore[valid-type]
-TaskConfig = Annotated[Union[tuple(m.Config for m in TASKS.values())], Field(discriminator="kind")]  # type: ignore[valid-type]
-Step = Annotated[Union[tuple(m.Config for m in METHODS.values())], Field(discriminator="method")]  # type: ignore[valid-type]
-BackendConfig = Annotated[Union[tuple(m.Config for m in BACKENDS.values())], Field(discriminator="name")]  # type: ignore[valid-type]
-
-
-class SplitConfig(Strict):
-    """How much of a split is used: the first `limit` samples of a class-balanced order, or all."""
-
-    limit: Count | None = None
-
-
-class CalibConfig(Strict):
-    """Calibration data: unaugmented samples of `split`; never of the test split."""
-
-    split: Literal["train", "val"] = "train"
-    limit: Count = 300
-
-
-class PreprocessConfig(Strict):
-    """Each None is filled in from the model's publisher, else from the training data; see schema.Preprocess."""
-
-    size: Count | Many[Count] | None = None
-    channels: Literal[1, 3] | None = None
-    mean: Many[float] | None = None
-    std: Many[Positive] | None = None
-    interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
-    crop: Ratio | None = None
+MAX_INCLUDES = 64
 
 
-class AugmentConfig(Strict):
-    """Training only: mirror half of the images, shift each by up to `shift` pixels."""
+def load_recipe(path_or_name: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe with its includes, apply overrides, check all of it.
 
-    flip: bool = False
-    shift: Annotated[int, Field(ge=0, le=64)] = 0
+    Args:
+        path_or_name: A built-in recipe's name; with a slash or ``.yaml`` a path.
+        overrides: ``a.b=v`` with v as YAML, as `--set` takes them; later ones win.
 
-
-class DataConfig(Strict):
-    source: SourceConfig
-    train: SplitConfig = SplitConfig()
-    val: SplitConfig = SplitConfig()
-    test: SplitConfig = SplitConfig()
-    calib: CalibConfig = CalibConfig()
-    preprocess: PreprocessConfig = PreprocessConfig()
-    augment: AugmentConfig = AugmentConfig()
-    num_workers: Annotated[int, Field(ge=0, le=64)] = 0
-
-
-class LaunchConfig(Strict):
-    """Where and with how many processes `train` and `distribute` run; threads of None means cores / nproc."""
-
-    nproc: Annotated[int, Field(ge=1, le=1024)] = 1
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Count | None = None
-    timeout_s: Positive = 600.0
-
-
-class MeasureConfig(Strict):
-    """How latency is taken: `rounds` interleaved rounds over all artifacts of one command, at one batch size."""
-
-    batch_size: Count = 64
-    rounds: Annotated[int, Field(ge=3, le=1000)] = 15
-
-
-class BatchProfile(Strict):
-    """Smallest, most common and largest batch that an engine is built for."""
-
-    min: Count = 1
-    opt: Count = 8
-    max: Count = 64
-
-
-class ExportConfig(Strict):
-    """Attributes:
-    baseline: Export and measure the run's first package as well, so that gains are against something.
+    Raises:
+        RecipeError: With every problem that was found.
     """
+    name = str(path_or_name)
+    path = Path(name) if isinstance(path_or_name, Path) or is_path(name) else find_recipe(name)
+    draft = Draft()
+    read_into(draft, path, name=str(path), root=Path(os.path.realpath(path)).parent, chain=())
+    draft.places.setdefault((), str(path))
+    return finish(draft, overrides=overrides)
 
-    backends: Many[BackendConfig] = ()
-    batch: BatchProfile = BatchProfile()
-    baseline: bool = True
-    measure: MeasureConfig = MeasureConfig()
+
+def bare_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe of nothing but a name and overrides, for what has none, such as a foreign .onnx."""
+    return finish(Draft(data={"name": name}, places={(): "--set", ("name",): "name"}), overrides=overrides)
 
 
-class InferConfig(Strict):
-    """Attributes:
-    data: An image, a folder, an .npz or .csv, or ``bundled:samples``.
+def finish(draft: Draft, *, overrides: Sequence[str]) -> Recipe:
+    """Overrides, then every check; raises all problems together."""
+    for override in overrides:
+        apply_override(draft, override)
+    expand(draft.data, draft.places, kinds=DEFAULT_KIND)
+    check_variables(draft, draft.data, path=())
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(draft.data)
+    except ValidationError as error:
+        draft.problems += explain(error, data=draft.data, places=draft.places)
+    for path, message, hint in check_sections(draft.data):
+        draft.problems.append(Problem(nearest_place(draft.places, path), dotted(path), message, hint))
+    if draft.problems or recipe is None:
+        raise recipe_error(draft.problems)
+    return recipe
+
+
+def recipe_error(problems: Sequence[Problem]) -> RecipeError:
+    ordered = sorted(dict.fromkeys(problems), key=lambda p: reading_order(p.where))
+    shown = [str(problem) for problem in ordered[:50]]
+    if len(ordered) > len(shown):
+        shown.append(f"... and {len(ordered) - len(shown)} more")
+    head = [f"{len(ordered)} problems in the recipe:"] if len(ordered) > 1 else []
+    return RecipeError("\n".join([*head, *shown]), problems=ordered)
+
+
+def reading_order(where: str) -> tuple[bool, str, tuple[int, ...]]:
+    """Files first, line by line, then overrides."""
+    file, *numbers = where.rsplit(":", 2)
+    position = tuple(int(n) for n in numbers) if all(n.isdigit() for n in numbers) else ()
+    return where.startswith("--set"), file if position else where, position
+
+
+# -- files and includes -----------------------------------------------------------------------------
+
+
+def is_path(name: str) -> bool:
+    return "/" in name or name.endswith((".yaml", ".yml"))
+
+
+def builtin_recipes() -> dict[str, Path]:
+    """The recipes that come with bmctl, by name: in the wheel beside the package, in a checkout at its top."""
+    here = Path(__file__).parent
+    folder = here / "recipes" if (here / "recipes").is_dir() else here.parents[1] / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a built-in recipe.
+
+    Raises:
+        RecipeError: There is none of that name.
     """
+    known = builtin_recipes()
+    if name in known:
+        return known[name]
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    hint += "see `bmctl recipes ls`; a path has a slash or ends in .yaml"
+    if len(name) < 200 and Path(name).is_file():
+        hint = f"for the file say ./{name}"
+    message = f"no built-in recipe {name[:100]!r}"
+    raise RecipeError(message, hint=hint, problems=[Problem("--recipe", "", message, hint)])
 
-    data: str
-    backend: str = "auto"
-    batch_size: Count = 64
 
+def read_into(draft: Draft, path: Path, *, name: str, root: Path, chain: tuple[Path, ...]) -> None:
+    """Merge a file, its includes first, into the draft.
 
-class GatesConfig(Strict):
-    """What a shipped artifact must hold; each None is no gate.
-
-    Attributes:
-        max_drop: Of the task's metric on test data against the trained model, as a fraction.
-        min_speedup: Samples per second against the uncompressed model on the same backend, in the same rounds.
-        max_latency_ms: Median of one batch of `export.measure.batch_size`.
-        allow_unrun: Let pass what was built here but cannot be run here.
+    Args:
+        name: What messages call the file.
+        root: Directory that includes must not leave.
+        chain: Files that include this one.
     """
+    draft.num_files += 1
+    document = read_yaml(path, name=name)
+    draft.problems += document.problems
+    places = {key: f"{name}:{line}:{column}" for key, (line, column) in document.positions.items()}
+    data = document.data
+    if not isinstance(data, dict):
+        what = "is empty" if data is None else f"is {'a list' if isinstance(data, list) else 'a single value'}"
+        hint = "start from one: bmctl recipes cp fashion-mnist my.yaml"
+        draft.problems.append(Problem(f"{name}:1:1", "", f"{what}, expected a mapping of sections", hint))
+        return
+    includes = data.pop("include", None)
+    targets = [includes] if isinstance(includes, str) else includes or []
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        problem = Problem(places["include",], "include", "must be text or a list of texts", "include: [base.yaml]")
+        draft.problems.append(problem)
+        targets = []
+    for i, target in enumerate(targets):
+        where = places.get(("include", i), places["include",])
+        include(draft, target, where=where, beside=path, name=name, root=root, chain=(*chain, path.resolve()))
+    expand(data, places, kinds={})
+    merge(draft.data, data, path=(), places=draft.places, over_places=places)
+    draft.places[()] = f"{name}:1:1"
 
-    max_drop: Ratio | None = None
-    min_speedup: Positive | None = None
-    max_size_bytes: Count | None = None
-    max_latency_ms: Positive | None = None
-    allow_unrun: bool = False
+
+def include(
+    draft: Draft, target: str, *, where: str, beside: Path, name: str, root: Path, chain: tuple[Path, ...]
+) -> None:
+    """Read what a recipe includes; what is refused becomes a problem of the line that asks for it."""
+    try:
+        if is_path(target):
+            shown = os.path.normpath(os.path.join(os.path.dirname(name), target))  # noqa: PTH118, PTH120 (may be relative)
+            path = Path(os.path.realpath(beside.parent / target))
+            if not path.is_relative_to(root):
+                raise RecipeError(
+                    f"{target!r} is outside the recipe's directory {root}", hint="copy it beside the recipe"
+                )
+        else:
+            path = find_recipe(target)
+            shown, root = str(path), path.parent
+        if path.resolve() in chain:
+            raise RecipeError(f"{target!r} includes itself, by way of {len(chain)} file(s)", hint="remove one include")
+        if draft.num_files >= MAX_INCLUDES:
+            raise RecipeError(f"more than {MAX_INCLUDES} files are included", hint="merge some of them")
+        read_into(draft, path, name=shown, root=root, chain=chain)
+    except ValueError as error:  # a NUL in the name
+        draft.problems.append(Problem(where, "include", f"{target!r}: {error}"))
+    except RecipeError as error:
+        inner = [p for p in error.problems if p.where.startswith(shown + ":")] if is_path(target) else []
+        draft.problems += inner or [Problem(where, "include", error.message, error.hint)]
 
 
-class Recipe(Strict):
-    name: Name
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    model: ModelConfig | None = None
-    data: DataConfig | None = None
-    task: TaskConfig | None = None
-    train: Fit | None = None
-    launch: LaunchConfig = LaunchConfig()
-    compress: Many[Step] = ()
-    export: ExportConfig = ExportConfig()
-    infer: InferConfig | None = None
-    gates: GatesConfig = GatesConfig()
+# -- out --------------------------------------------------------------------------------------------
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, every value spelled out, in the order of the sections; loads back as an equal one."""
+    return yaml_text(recipe.model_dump(mode="json"))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from bmctl.errors import RecipeError
 
 T = TypeVar("T")
 Many = Annotated[tuple[T, ...], Field(strict=False)]
@@ -27,6 +31,21 @@ class Strict(BaseModel):
         validate_default=True,
         protected_namespaces=(),
     )
+
+
+VARIABLE = re.compile(r"\$\{ENV:([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+def resolve_env(text: str) -> str:
+    """Replace each ``${ENV:NAME}``, where the value is used; what is saved and shown keeps the name.
+
+    Raises:
+        RecipeError: Variables that are not set, all of them.
+    """
+    unset = sorted({name for name in VARIABLE.findall(text) if name not in os.environ})
+    if unset:
+        raise RecipeError(f"environment variables not set: {', '.join(unset)}", hint=f"export {unset[0]}=...")
+    return VARIABLE.sub(lambda found: os.environ[found.group(1)], text)
 
 
 class TensorSpec(Strict):
@@ -161,9 +180,13 @@ class Recover(Strict):
 
 
 class StepConfig(Strict):
-    """What every compression step has; each method's Config adds `method` and its own knobs."""
+    """What every compression step has; each method's Config adds `method` and its own knobs.
 
-    name: str | None = None
+    Attributes:
+        name: Of the step's package and checkpoints; the method's name without one.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]{0,39}$")] | None = None
 
 
 class ModuleStepConfig(StepConfig):

@@ -1,0 +1,136 @@
+"""What must hold between the sections of a recipe; each section alone is checked by its own model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from bmctl.backends import BACKENDS
+from bmctl.diagnosis import did_you_mean, own_models, shown
+from bmctl.methods import METHODS
+from bmctl.schema import Fit
+from bmctl.sections import BatchProfile, ExportConfig, LaunchConfig, MeasureConfig
+from bmctl.yamlio import KeyPath
+
+T = TypeVar("T")
+Found = Iterator[tuple[KeyPath, str, str]]
+
+
+def check_sections(data: Mapping[str, Any]) -> Found:
+    """Contradictions in plain data whose sections may be wrong in themselves: what is not understood is passed over.
+
+    Yields:
+        Key path, message and hint.
+    """
+    yield from check_needs(data)
+    yield from check_batches(data)
+    yield from check_steps(data)
+    yield from check_images(data)
+
+
+def get(data: Mapping[str, Any], path: KeyPath, kind: type[T], default: T) -> T:
+    """The value at `path` if there is one of that type, else `default`."""
+    value: Any = data
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value if isinstance(value, kind) and not (kind is int and isinstance(value, bool)) else default
+
+
+def has(data: Mapping[str, Any], key: str) -> bool:
+    return data.get(key) is not None
+
+
+def check_needs(data: Mapping[str, Any]) -> Found:
+    """Sections that stand on others."""
+    if has(data, "train") and not has(data, "data"):
+        yield ("train",), "training needs a `data` section", "add `data: {source: bundled}`"
+    if has(data, "train") and not has(data, "model"):
+        yield ("train",), "training needs a `model` section", "add `model: bmctl:rescnn`"
+    if has(data, "task") and not has(data, "data"):
+        yield ("task",), "a task needs a `data` section", "add `data: {source: bundled}`, or remove the task"
+    gates = get(data, ("gates",), dict, {})
+    if gates.get("max_drop") is not None and not has(data, "data"):
+        message = "without a `data` section there is no metric that could drop"
+        yield ("gates", "max_drop"), message, "remove the gate, or add `data`"
+    if gates.get("min_speedup") is not None and not get(data, ("export", "baseline"), bool, True):
+        message = "a speedup is against the uncompressed model, and `export.baseline` is false"
+        yield ("gates", "min_speedup"), message, "remove the gate, or set export.baseline to true"
+    name = get(data, ("model", "name"), str, "")
+    if name.startswith("bmctl:") and name not in own_models():
+        message = f"must be one of {', '.join(own_models())}, got {shown(name)}"
+        yield ("model", "name"), message, did_you_mean(name, own_models())
+    elif name.startswith("bmctl:") and get(data, ("model", "pretrained"), bool, False):
+        yield ("model", "pretrained"), f"{name} has no published weights", "set it to false, or name a timm: model"
+
+
+def check_batches(data: Mapping[str, Any]) -> Found:
+    """Batch sizes that contradict each other."""
+    nproc = get(data, ("launch", "nproc"), int, LaunchConfig().nproc)
+    batch_size = get(data, ("train", "batch_size"), int, Fit().batch_size)
+    if has(data, "train") and nproc >= 1 and batch_size >= 1 and batch_size % nproc:
+        message = f"{batch_size} samples per step do not divide by launch.nproc = {nproc} processes"
+        yield ("train", "batch_size"), message, f"take {max(1, batch_size // nproc) * nproc}"
+    batch = ("export", "batch")
+    default = BatchProfile()
+    low = get(data, (*batch, "min"), int, default.min)
+    best = get(data, (*batch, "opt"), int, default.opt)
+    high = get(data, (*batch, "max"), int, default.max)
+    if not low <= best <= high:
+        yield (
+            batch,
+            f"must be min <= opt <= max, got {low}, {best}, {high}",
+            f"batch: {{min: 1, opt: {low}, max: {high}}}",
+        )
+    measured = get(data, ("export", "measure", "batch_size"), int, MeasureConfig().batch_size)
+    backends = get(data, ("export", "backends"), list, list(ExportConfig().backends))
+    engines = [b["name"] for b in backends if isinstance(b, dict) and str(b.get("name")).startswith("tensorrt")]
+    if engines and low <= high and not low <= measured <= high:
+        message = f"{measured} is outside the batch profile {low} to {high} that {engines[0]} builds for"
+        yield ("export", "measure", "batch_size"), message, "set export.batch.max or export.measure.batch_size"
+
+
+def check_steps(data: Mapping[str, Any]) -> Found:
+    """The chain of compression steps."""
+    steps = get(data, ("compress",), list, [])
+    seen: dict[str, int] = {}
+    graph_step = ""
+    for i, step in enumerate(steps):
+        method = step.get("method") if isinstance(step, dict) else None
+        if not isinstance(method, str) or method not in METHODS:
+            continue
+        name = get(step, ("name",), str, method)
+        if name in seen:
+            message = f"a second step named {name!r}, the first is compress.{seen[name]}"
+            yield ("compress", i), message, f"give it a name of its own: {{method: {method}, name: {name}-2}}"
+        elif name in ("train", "import"):
+            yield ("compress", i, "name"), f"{name!r} is the name of a stage", "take another"
+        seen.setdefault(name, i)
+        if getattr(METHODS[method], "LEVEL", "") == "graph":
+            graph_step = graph_step or method
+        elif graph_step:
+            message = f"{method} works on the model's weights and cannot follow {graph_step}, which works on its graph"
+            yield ("compress", i), message, f"move it before {graph_step}"
+        if method == "ptq" and not has(data, "data"):
+            yield ("compress", i), "ptq needs a `data` section to calibrate with", "add `data: {source: bundled}`"
+        if step.get("recover") is not None and not has(data, "data"):
+            yield ("compress", i, "recover"), "recovery is training and needs a `data` section", "add one"
+
+
+def check_images(data: Mapping[str, Any]) -> Found:
+    """Preprocessing whose numbers do not fit together, and an unknown backend to infer with."""
+    path: KeyPath = ("data", "preprocess")
+    mean, std = (get(data, (*path, key), list, []) for key in ("mean", "std"))
+    channels = get(data, (*path, "channels"), int, 0)
+    if mean and std and len(mean) != len(std):
+        yield (*path, "std"), f"{len(std)} values, mean has {len(mean)}", "give one per channel"
+    for key, values in (("mean", mean), ("std", std)):
+        if values and channels and len(values) != channels:
+            yield (*path, key), f"{len(values)} values for {channels} channel(s)", "give one per channel"
+    size = get(data, (*path, "size"), list, [1, 1])
+    if len(size) != 2:
+        yield (*path, "size"), f"must be one number or [height, width], got {len(size)} numbers", "size: [224, 224]"
+    backend = get(data, ("infer", "backend"), str, "auto")
+    choices = ["auto", "eager", *BACKENDS]
+    if backend not in choices:
+        message = f"must be one of {', '.join(choices)}, got {shown(backend)}"
+        yield ("infer", "backend"), message, did_you_mean(backend, choices)

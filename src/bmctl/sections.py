@@ -1,0 +1,156 @@
+"""The sections of a recipe, as frozen models. Reading and writing them is recipe.py's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union
+
+from pydantic import Field, model_validator
+
+from bmctl.backends import BACKENDS
+from bmctl.methods import METHODS
+from bmctl.models import ModelConfig
+from bmctl.schema import Count, Fit, Many, Positive, Ratio, Strict
+from bmctl.sources import SOURCES
+from bmctl.tasks import TASKS
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}$")]
+
+# The plug-in tables are the single source of what a recipe may name; type checkers cannot read a table.
+if TYPE_CHECKING:
+    SourceConfig: TypeAlias = Any
+    TaskConfig: TypeAlias = Any
+    Step: TypeAlias = Any
+    BackendConfig: TypeAlias = Any
+else:
+    SourceConfig = Annotated[Union[tuple(m.Config for m in SOURCES.values())], Field(discriminator="kind")]
+    TaskConfig = Annotated[Union[tuple(m.Config for m in TASKS.values())], Field(discriminator="kind")]
+    Step = Annotated[Union[tuple(m.Config for m in METHODS.values())], Field(discriminator="method")]
+    BackendConfig = Annotated[Union[tuple(m.Config for m in BACKENDS.values())], Field(discriminator="name")]
+
+
+class SplitConfig(Strict):
+    """How much of a split is used: the first `limit` samples of a class-balanced order, or all."""
+
+    limit: Count | None = None
+
+
+class CalibConfig(Strict):
+    """Calibration data: unaugmented samples of `split`; never of the test split."""
+
+    split: Literal["train", "val"] = "train"
+    limit: Count = 300
+
+
+class PreprocessConfig(Strict):
+    """Each None is filled in from the model's publisher, else from the training data; see schema.Preprocess."""
+
+    size: Count | Many[Count] | None = None
+    channels: Literal[1, 3] | None = None
+    mean: Many[float] | None = None
+    std: Many[Positive] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
+    crop: Ratio | None = None
+
+
+class AugmentConfig(Strict):
+    """Training only: mirror half of the images, shift each by up to `shift` pixels."""
+
+    flip: bool = False
+    shift: Annotated[int, Field(ge=0, le=64)] = 0
+
+
+class DataConfig(Strict):
+    source: SourceConfig
+    train: SplitConfig = SplitConfig()
+    val: SplitConfig = SplitConfig()
+    test: SplitConfig = SplitConfig()
+    calib: CalibConfig = CalibConfig()
+    preprocess: PreprocessConfig = PreprocessConfig()
+    augment: AugmentConfig = AugmentConfig()
+    num_workers: Annotated[int, Field(ge=0, le=64)] = 0
+
+
+class LaunchConfig(Strict):
+    """Where and with how many processes `train` and `distribute` run; threads of None means cores / nproc."""
+
+    nproc: Annotated[int, Field(ge=1, le=1024)] = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Count | None = None
+    timeout_s: Positive = 600.0
+
+
+class MeasureConfig(Strict):
+    """How latency is taken: `rounds` interleaved rounds over all artifacts of one command, at one batch size."""
+
+    batch_size: Count = 64
+    rounds: Annotated[int, Field(ge=3, le=1000)] = 15
+
+
+class BatchProfile(Strict):
+    """Smallest, most common and largest batch that an engine is built for."""
+
+    min: Count = 1
+    opt: Count = 8
+    max: Count = 64
+
+
+class ExportConfig(Strict):
+    """Attributes:
+    baseline: Export and measure the run's first package as well, so that gains are against something.
+    """
+
+    backends: Many[BackendConfig] = ()
+    batch: BatchProfile = BatchProfile()
+    baseline: bool = True
+    measure: MeasureConfig = MeasureConfig()
+
+
+class InferConfig(Strict):
+    """Attributes:
+    data: An image, a folder, an .npz or .csv, or ``bundled:samples``.
+    """
+
+    data: str
+    backend: str = "auto"
+    batch_size: Count = 64
+
+
+class GatesConfig(Strict):
+    """What a shipped artifact must hold; each None is no gate.
+
+    Attributes:
+        max_drop: Of the task's metric on test data against the trained model, as a fraction.
+        min_speedup: Samples per second against the uncompressed model on the same backend, in the same rounds.
+        max_latency_ms: Median of one batch of `export.measure.batch_size`.
+        allow_unrun: Let pass what was built here but cannot be run here.
+    """
+
+    max_drop: Ratio | None = None
+    min_speedup: Positive | None = None
+    max_size_bytes: Count | None = None
+    max_latency_ms: Positive | None = None
+    allow_unrun: bool = False
+
+
+class Recipe(Strict):
+    """One frozen model of everything a run does."""
+
+    name: Name
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    model: ModelConfig | None = None
+    data: DataConfig | None = None
+    task: TaskConfig | None = None
+    train: Fit | None = None
+    launch: LaunchConfig = LaunchConfig()
+    compress: Many[Step] = ()
+    export: ExportConfig = ExportConfig()
+    infer: InferConfig | None = None
+    gates: GatesConfig = GatesConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def classify_by_default(cls, values: Any) -> Any:
+        """Data without a task is there to be classified."""
+        if isinstance(values, dict) and values.get("data") is not None and values.get("task") is None:
+            return {**values, "task": {"kind": "classify"}}
+        return values
