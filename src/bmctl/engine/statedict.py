@@ -97,15 +97,20 @@ def _is_state(loaded: Mapping[Any, Any]) -> bool:
     return bool(loaded) and all(isinstance(value, torch.Tensor) for value in loaded.values())
 
 
-def strip_prefix(found: State, wanted: State) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Take off ``module.`` and the like where every name has it and the model's names have not."""
+def align_prefix(found: State, wanted: State) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Take ``module.`` and the like off, or put it on, where every name of the one has it and none of the other."""
     state, notes = dict(found), []
-    while not set(state) & set(wanted):
-        prefix = next((one for one in PREFIXES if all(name.startswith(one) for name in state)), None)
-        if prefix is None or not state:
+    while state and not set(state) & set(wanted):
+        surplus = next((one for one in PREFIXES if all(name.startswith(one) for name in state)), None)
+        lacking = next((one for one in PREFIXES if all(name.startswith(one) for name in wanted)), None)
+        if surplus is not None:
+            state = {name.removeprefix(surplus): tensor for name, tensor in state.items()}
+            notes.append(f"took the prefix {surplus!r} off every name")
+        elif lacking is not None and {lacking + name for name in state} & set(wanted):
+            state = {lacking + name: tensor for name, tensor in state.items()}
+            notes.append(f"put the prefix {lacking!r} before every name")
+        else:
             break
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-        notes.append(f"took the prefix {prefix!r} off every name")
     return state, notes
 
 
@@ -123,7 +128,7 @@ def match_state(found: State, wanted: State, *, match: Match, path: Path) -> Mat
     """
     notes: list[str] = []
     if match == "name":
-        found, notes = strip_prefix(found, wanted)
+        found, notes = align_prefix(found, wanted)
     sources = _by_name(found, wanted, path) if match == "name" else _by_position(found, wanted, path)
     state: dict[str, torch.Tensor] = {}
     pairs = []
