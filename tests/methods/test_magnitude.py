@@ -69,7 +69,7 @@ def test_ignored_and_small_layers_stay_dense(context: MethodContext) -> None:
 
 
 def test_a_pattern_that_matches_nothing_is_refused(context: MethodContext) -> None:
-    with pytest.raises(RecipeError, match="magnitude.ignore: 'heads'"):
+    with pytest.raises(RecipeError, match=r"magnitude\.ignore: 'heads'"):
         magnitude.apply(mlp(), Config(ignore=("heads",)), context)
 
 

@@ -38,12 +38,13 @@ def run_steps(context: StageContext, *, start: ModelPackage) -> list[ModelPackag
         UsageError: A finished step has other inputs now, and `overwrite` is not given.
         PreemptedError: Asked to stop between two steps.
     """
-    first = _take_in(context, start)
+    first = take_in(context, start)
     original = open_package(list_packages(context.run)[0], verify=False)
     number = int(first.path.name.split("-", 1)[0])
-    _check_chain(context.recipe.compress, first)
+    steps: Sequence[Any] = context.recipe.compress
+    _check_chain(steps, first)
     parent, found = first, []
-    for offset, step in enumerate(context.recipe.compress, 1):
+    for offset, step in enumerate(steps, 1):
         stage = f"{number + offset:02d}-{step.name or step.method}"
         key = step_key(context, step, parent=parent)
         package = _finished(context, stage, key)
@@ -75,7 +76,7 @@ def step_key(context: StageContext, step: Any, *, parent: ModelPackage) -> str:
 # -- what is there already --------------------------------------------------------------------------
 
 
-def _take_in(context: StageContext, start: ModelPackage) -> ModelPackage:
+def take_in(context: StageContext, start: ModelPackage) -> ModelPackage:
     """`start` itself where it is of this run, else its copy as RUN/packages/00-<stage>."""
     packages = context.run / "packages"
     if start.path.parent.resolve() == packages.resolve():

@@ -108,7 +108,7 @@ def _recover(work: Work, step: ModuleStepConfig, model: nn.Module) -> dict[str, 
     context, recover, manifest = work.context, step.recover, work.parent.manifest
     recipe = context.recipe
     assert recover is not None and manifest.preprocess is not None and recipe.task is not None
-    right_after = appraise.score_module(context, model, preprocess=manifest.preprocess)
+    right_after = appraise.score_module(context, model, preprocess=manifest.preprocess) if context.group.leads else None
     teacher = load_model(work.original).requires_grad_(False) if recover.teacher == "original" else None
     result = train.fit(
         model,
@@ -122,11 +122,12 @@ def _recover(work: Work, step: ModuleStepConfig, model: nn.Module) -> dict[str, 
         seed=recipe.seed,
         teacher=teacher,
         distill=recover.distill if teacher is not None else None,
+        inputs_hash=work.key,
     )
     for text in result.notes:
         work.note(text)
     return {
-        "val_before_recover": appraise.metric_of(right_after),
+        "val_before_recover": appraise.metric_of(right_after) if right_after else None,
         "recover": {
             "steps": result.steps,
             "best_step": result.best_step,

@@ -121,14 +121,24 @@ def restore(model: nn.Module, config: Config, meta: Meta) -> None:
     for name, attributes in meta["attributes"].items():
         module = get_layer(model, name, what="structured")
         for key, value in attributes.items():
-            if key not in ATTRIBUTES or not hasattr(module, key):
-                raise PackageError(f"the package's structured step sets {key!r} of {name!r}, which is no size of it")
+            old = getattr(module, key, None) if key in ATTRIBUTES else None
+            if not _is_smaller(value, old):
+                raise PackageError(f"the package's structured step sets {key} of {name!r} to {value!r}, it is {old!r}")
             setattr(module, key, tuple(value) if isinstance(value, list) else value)
     for name, shape in meta["shapes"].items():
         path, _, key = name.rpartition(".")
         _resize(get_layer(model, path, what="structured"), key, shape, name=name)
     if masks.masked_layers(model):
         masks.hold_masks(model)
+
+
+def _is_smaller(value: Any, old: Any) -> bool:
+    """Whether `value` may stand where `old` stands: pruning makes sizes smaller, and `scale` larger."""
+    if isinstance(old, tuple) and isinstance(value, list) and len(value) == len(old):
+        return all(_is_smaller(new, size) for new, size in zip(value, old, strict=True))
+    if isinstance(old, float):
+        return isinstance(value, float) and 0 < value < 1e3
+    return type(value) is int and type(old) is int and 0 < value <= old
 
 
 def _resize(module: nn.Module, key: str, shape: list[int], *, name: str) -> None:
