@@ -1,4 +1,181 @@
-from typing import Literal
-from bmctl.schema import StepConfig
+"""Static int8 quantization after training: ranges from calibration samples, Q/DQ pairs in the ONNX graph.
+
+Activations and weights are symmetric and signed with zero point 0, as TensorRT takes them: it reads an unsigned
+quantizer as a signed one with the same scale. NNCF prefers unsigned activations behind a ReLU; those are rewritten.
+
+Source: https://docs.openvino.ai/2026/openvino-workflow/model-optimization-guide/quantizing-models-post-training.html
+    and https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from bmctl.errors import DataError, RecipeError, UnsupportedError
+from bmctl.schema import Count, Many, StepConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+
+    from bmctl.methods import Meta, MethodContext
+
+FAMILY = "quantize"
+LEVEL = "graph"
+
+
 class Config(StepConfig):
+    """Attributes:
+    samples: Calibration samples that are looked at; None takes all of `data.calib`.
+    preset: `performance` is symmetric throughout, for every backend; `mixed` lets activations be asymmetric,
+        which is finer for activations that are not centred, and which TensorRT refuses.
+    fast_bias_correction: Correct each layer's mean shift from one pass; the slow way follows the error through
+        the graph and takes one pass per layer.
+    ignore: Nodes that stay in floating point, by name or operator, with `*` and `?`.
+    """
+
     method: Literal["ptq"] = "ptq"
+    samples: Count | None = None
+    preset: Literal["performance", "mixed"] = "performance"
+    fast_bias_correction: bool = True
+    ignore: Many[str] = ()
+
+
+def apply(onnx_path: Path, config: Config, context: MethodContext, *, out: Path) -> Meta:
+    """Write the quantized graph.
+
+    Args:
+        onnx_path: A floating point graph with one input.
+        context: Its calibration samples are taken one at a time, in their order.
+        out: The file to write: weights as int8, so a quarter of the size.
+
+    Returns:
+        precision, num_pairs, num_ignored, nncf (version), calibration, notes.
+
+    Raises:
+        UnsupportedError: The graph is quantized already, is not fp32, or holds nothing to quantize.
+        DataError: No calibration samples, too few, of another shape, or with nan or inf.
+        RecipeError: A pattern of `ignore` fits no node.
+    """
+    import onnx
+
+    from bmctl.engine import onnxfile, qdq, quiet
+    from bmctl.engine.graph import tidy
+
+    precision = onnxfile.precision_of(onnx_path)
+    if precision == "int8":
+        raise UnsupportedError(
+            f"{onnx_path.name} is quantized already; rounding twice only loses",
+            hint="quantize the package before it, or remove one of the two ptq steps",
+        )
+    if precision != "fp32":
+        raise UnsupportedError(f"{onnx_path.name} is {precision}; int8 is made from fp32", hint="put ptq before cast")
+    inputs, _ = onnxfile.read_specs(onnx_path)
+    if len(inputs) != 1:
+        raise UnsupportedError(f"{onnx_path.name} has {len(inputs)} inputs; calibration samples feed one")
+    samples = _samples(config, context, shape=inputs[0].shape)
+    model = onnx.load(onnx_path)
+    ignored = _ignored(model, config.ignore)
+    notes: list[str] = []
+    with quiet.listening(notes):
+        model, version = _quantize(model, samples, config, ignored=ignored, input_name=inputs[0].name)
+    if config.preset == "performance":
+        qdq.make_signed(model)
+    tidy(model)
+    num_pairs = sum(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    if not num_pairs:
+        raise UnsupportedError(f"{onnx_path.name} holds nothing to quantize", hint="it needs convolutions or products")
+    out.write_bytes(model.SerializeToString(deterministic=True))
+    onnxfile.check_onnx(out)
+    return {
+        "precision": "int8",
+        "num_pairs": num_pairs,
+        "num_ignored": len(ignored),
+        "nncf": version,
+        "calibration": {**context.calibration_record, "used": len(samples)},
+        "notes": notes,
+    }
+
+
+def _samples(config: Config, context: MethodContext, *, shape: tuple[int | None, ...]) -> list[np.ndarray]:
+    """float32 [1, ...] each: the first `config.samples`, checked."""
+    import numpy as np
+
+    found: list[np.ndarray] = []
+    for batch in context.calibration():
+        want = [size or "n" for size in shape]
+        if batch.ndim != len(shape) or any(w not in (None, g) for w, g in zip(shape[1:], batch.shape[1:], strict=True)):
+            raise DataError(f"calibration samples have the shape {list(batch.shape)}, the model takes {want}")
+        if not np.isfinite(batch).all():
+            raise DataError(
+                f"calibration samples {len(found)} to {len(found) + len(batch) - 1} hold nan or inf",
+                hint="look at the data and at data.preprocess.std",
+            )
+        found += [np.ascontiguousarray(sample[None], dtype=np.float32) for sample in batch]
+        if config.samples is not None and len(found) >= config.samples:
+            return found[: config.samples]
+    if not found:
+        raise DataError(
+            "quantizing needs calibration samples, and there are none",
+            hint="name data in the recipe: data.source and data.calib",
+        )
+    if config.samples is not None:
+        raise DataError(
+            f"samples is {config.samples}, and the calibration data has {len(found)}",
+            hint=f"raise data.calib.limit to {config.samples}, or lower samples",
+        )
+    return found
+
+
+def _ignored(model: onnx.ModelProto, patterns: tuple[str, ...]) -> list[str]:
+    """Names of the nodes that any pattern fits, by name or operator."""
+    names: list[str] = []
+    for pattern in patterns:
+        fits = [
+            node.name
+            for node in model.graph.node
+            if fnmatch.fnmatchcase(node.name, pattern) or fnmatch.fnmatchcase(node.op_type, pattern)
+        ]
+        if not fits:
+            known = ", ".join(sorted({node.op_type for node in model.graph.node}))
+            raise RecipeError(f"ptq: ignore: {pattern!r} fits no node of the graph", hint=f"operators here: {known}")
+        names += [name for name in fits if name not in names]
+    return names
+
+
+def _quantize(
+    model: onnx.ModelProto, samples: list[np.ndarray], config: Config, *, ignored: list[str], input_name: str
+) -> tuple[onnx.ModelProto, str]:
+    """NNCF's result with int8 weights, and NNCF's version."""
+    from bmctl.engine import quiet, telemetry
+
+    telemetry.switch_off()
+    with quiet.listening([]):  # torch remarks on compilers and CUDA when NNCF loads its extensions
+        import nncf
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(4)
+    try:
+        quantized: Any = nncf.quantize(
+            model,
+            nncf.Dataset([{input_name: sample} for sample in samples]),
+            preset=nncf.QuantizationPreset(config.preset),
+            subset_size=len(samples),
+            fast_bias_correction=config.fast_bias_correction,
+            model_type=nncf.ModelType.TRANSFORMER if _has_attention(model) else None,
+            ignored_scope=nncf.IgnoredScope(names=ignored) if ignored else None,
+        )
+    except (nncf.ValidationError, nncf.UnsupportedModelError, nncf.InternalError, RuntimeError, ValueError) as error:
+        raise UnsupportedError(
+            f"NNCF {nncf.__version__} cannot quantize this graph: {' '.join(str(error).split())[:300]}",
+            hint="leave the node that it names in floating point: ignore: [NAME]",
+        ) from error
+    return quantized, nncf.__version__
+
+
+def _has_attention(model: onnx.ModelProto) -> bool:
+    """A softmax that feeds a matrix product: NNCF then smooths activations and spares the softmax."""
+    weights = {name for node in model.graph.node if node.op_type == "Softmax" for name in node.output}
+    return any(node.op_type == "MatMul" and weights & set(node.input) for node in model.graph.node)
