@@ -174,9 +174,7 @@ def infer(
     """Predict: JSON lines or CSV with class names and scores."""
     from bmctl import pipeline
 
-    return pipeline.infer(
-        pipeline.Options(**flags), data=data, model=model, backend=backend, form=form, to=to
-    )
+    return pipeline.infer(pipeline.Options(**flags), data=data, model=model, backend=backend, form=form, to=to)
 
 
 @command(PACKAGES, name="import")
@@ -215,9 +213,10 @@ def report(
     form: Annotated[str, typer.Option("--format", help="table, markdown or json.")] = "table",
 ) -> int:
     """Show what a run's packages and artifacts are worth."""
-    from bmctl import pipeline
+    from bmctl import queries
+    from bmctl.session import Options
 
-    return pipeline.report(pipeline.Options(**flags), source=source, form=form)
+    return queries.report(Options(**flags), source=source, form=form)
 
 
 @command(SET_UP, flags=("overrides", *SPEAKING))
@@ -226,33 +225,37 @@ def validate(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in recipe's name, or a path.")],
 ) -> int:
     """Check a recipe and say everything that is wrong with it."""
-    from bmctl import pipeline
+    from bmctl import queries
+    from bmctl.session import Options
 
-    return pipeline.validate(pipeline.Options(recipe=recipe, **flags))
+    return queries.validate(Options(recipe=recipe, **flags))
 
 
 @command(SET_UP, flags=SPEAKING)
 def doctor(flags: Flags) -> int:
     """Say what this machine can do, and what is missing."""
-    from bmctl import pipeline
+    from bmctl import queries
+    from bmctl.session import Options
 
-    return pipeline.doctor(pipeline.Options(**flags))
+    return queries.doctor(Options(**flags))
 
 
 @command(SET_UP, name="ls", flags=SPEAKING, to=recipes_app)
 def recipes_ls(flags: Flags) -> int:
     """List the built-in recipes."""
-    from bmctl import pipeline
+    from bmctl import queries
+    from bmctl.session import Options
 
-    return pipeline.recipes_ls(pipeline.Options(**flags))
+    return queries.recipes_ls(Options(**flags))
 
 
 @command(SET_UP, name="show", flags=SPEAKING, to=recipes_app)
 def recipes_show(flags: Flags, name: Annotated[str, typer.Argument(help="A built-in recipe's name.")]) -> int:
     """Print a built-in recipe."""
-    from bmctl import pipeline
+    from bmctl import queries
+    from bmctl.session import Options
 
-    return pipeline.recipes_show(pipeline.Options(**flags), name=name)
+    return queries.recipes_show(Options(**flags), name=name)
 
 
 @command(SET_UP, name="cp", flags=("overwrite", *SPEAKING), to=recipes_app)
@@ -262,17 +265,19 @@ def recipes_cp(
     target: Annotated[str, typer.Argument(help="A file or a directory.")] = ".",
 ) -> int:
     """Copy a built-in recipe, to be edited."""
-    from bmctl import pipeline
+    from bmctl import queries
+    from bmctl.session import Options
 
-    return pipeline.recipes_cp(pipeline.Options(**flags), name=name, target=target)
+    return queries.recipes_cp(Options(**flags), name=name, target=target)
 
 
 @command(SET_UP, name="schema", flags=SPEAKING, to=recipes_app)
 def recipes_schema(flags: Flags) -> int:
     """Print the JSON Schema of recipes, for editors."""
-    from bmctl import pipeline
+    from bmctl import queries
+    from bmctl.session import Options
 
-    return pipeline.recipes_schema(pipeline.Options(**flags))
+    return queries.recipes_schema(Options(**flags))
 
 
 def spell(argument: str) -> str:
@@ -296,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BrokenPipeError:
         code = 0  # `bmctl ... | head` has what it wanted
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (the one place where every error ends)
         from bmctl import pipeline
 
         code = pipeline.explain(error, arguments)

@@ -1,0 +1,321 @@
+"""One function per command: recipe -> run directory -> run here, or launch -> report. Each returns the exit code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, cast
+
+from bmctl import gates, package, store
+from bmctl import report as reports
+from bmctl.backends import BACKENDS
+from bmctl.errors import BmctlError, PackageError, RecipeError, UsageError
+from bmctl.launch import Job, launch
+from bmctl.methods import METHODS
+from bmctl.recipe import InferConfig, describe
+from bmctl.rows import ORIGINAL
+from bmctl.session import Options, Session, Target, clear, find_target, import_target, opened, stage
+
+STAGES = ("train", "compress", "export", "infer")
+SHOWN = 12
+"""Predictions that `run` prints; all of them are in the run."""
+DEFAULT_METHOD = {"prune": "structured", "quantize": "ptq", "lowrank": "svd"}
+
+
+# -- commands ---------------------------------------------------------------------------------------
+
+
+def run(options: Options, *, first: str, last: str) -> int:
+    """Every section of a recipe, from stage `first` to stage `last`."""
+    for flag, name in (("--from", first), ("--to", last)):
+        if name not in STAGES:
+            raise UsageError(f"{flag} {name}: no such stage", hint=f"one of {', '.join(STAGES)}")
+    chosen = STAGES[STAGES.index(first) : STAGES.index(last) + 1]
+    if not chosen:
+        raise UsageError(f"--from {first} comes after --to {last}", hint="swap them")
+    target = find_target(options)
+    if options.dry_run:
+        return _plan(options, target, stages=chosen)
+    recipe = target.recipe
+    with opened(options, target) as session:
+        if options.overwrite:
+            clear(session.run, keep=0 if first == "train" else 1)
+        if "train" in chosen:
+            _first_package(session)
+        if "compress" in chosen:
+            _compress(session, start=_first_package(session))
+        if "export" in chosen:
+            _export(session)
+        if "infer" in chosen and recipe.infer:
+            _infer(session)
+        return _finish(session)
+
+
+def train(options: Options, *, nproc: int | None = None) -> int:
+    """Train; with several processes where the recipe or `nproc` says so."""
+    target = find_target(options, extra=[f"launch.nproc={nproc}"] if nproc is not None else [])
+    if target.recipe.train is None:
+        raise RecipeError(f"recipe {target.recipe.name!r} has no train section", hint="add one: train: {epochs: 10}")
+    if options.dry_run:
+        return _plan(options, target, stages=("train",))
+    with opened(options, target) as session:
+        if options.overwrite and session.leads:
+            clear(session.run)
+        _first_package(session)
+        return _finish(session) if session.leads else 0
+
+
+def compress(options: Options, *, source: str | None, family: str | None = None, method: str | None = None) -> int:
+    """The recipe's steps; with a family those up to its last one, or the one step that `method` names."""
+    _check_method(family, method)
+    # `--set` addresses the one step that the command line names, else the recipe that holds the steps.
+    one_step = method or (DEFAULT_METHOD[family] if family and source and not options.recipe else None)
+    target = find_target(options, source, step=one_step)
+    if family and not one_step:
+        target = _up_to(target, family)
+    if options.dry_run:
+        return _plan(options, target, stages=("train", "compress") if options.recipe else ("compress",))
+    with opened(options, target) as session:
+        start = _start(session, target) or (_newest(session) if one_step else _first_package(session))
+        _compress(session, start=start)
+        return _finish(session)
+
+
+def export(options: Options, *, source: str | None, backends: Sequence[str], tensorrt: bool) -> int:
+    """Build, prove, measure and gate the newest package's artifacts, beside those of the uncompressed model."""
+    chosen = [f"export.backends=[{', '.join(backends)}]"] if backends else []
+    target = find_target(options, source, extra=chosen)
+    if options.dry_run:
+        return _plan(options, target, stages=STAGES[:3] if options.recipe else ("export",))
+    with opened(options, target) as session:
+        if _start(session, target) is None and options.recipe:
+            _compress(session, start=_first_package(session))
+        _export(session, tensorrt=tensorrt)
+        return _finish(session)
+
+
+def infer(
+    options: Options,
+    *,
+    data: str | None,
+    model: str | None,
+    backend: str | None,
+    form: str,
+    to: str | None,
+) -> int:
+    """Predict with a run, a package, an .onnx or an engine."""
+    if form not in ("jsonl", "csv"):
+        raise UsageError(f"--format {form}: no such format", hint="jsonl or csv")
+    from bmctl.engine import infer as engine
+
+    target = find_target(options) if model is None or options.recipe else None
+    section = (target.recipe.infer if target else None) or InferConfig(data="")
+    source = Path(model) if model else target.run if target else None
+    data = data or section.data
+    if not data or source is None:
+        raise UsageError("nothing to predict: no DATA, and the recipe has no infer.data", hint="bmctl infer photo.png")
+    backend = backend or section.backend
+    if options.dry_run:
+        return _say(options, {"model": str(source), "data": data, "backend": backend})
+    with options.console() as console:
+        found = engine.predict(source, data, backend=backend, batch_size=section.batch_size, emit=console.emit)
+        lines = engine.to_csv(found) if form == "csv" else engine.to_jsonl(found)
+        if options.as_json:
+            console.data(json.dumps([json.loads(line) for line in engine.to_jsonl(found)], indent=2))
+        elif to:
+            store.write_atomic(Path(to), "".join(line + "\n" for line in lines).encode())
+        else:
+            all(console.data(line) for line in lines)  # stops when nobody reads any more
+    return 0
+
+
+def import_model(options: Options, *, source: str, model: str | None, match: str) -> int:
+    """Package a pretrained model, a state dict or an ONNX file as the first package of a run."""
+    if match not in ("name", "position"):
+        raise UsageError(f"--match {match}: no such way", hint="name or position")
+    target = import_target(options, name=model or source)
+    if options.dry_run:
+        return _say(options, {"import": source, "into": str(target.run)})
+    with opened(options, target) as session:
+        if options.overwrite:
+            clear(session.run)
+        _import(session, source, model=model, match=cast(Literal["name", "position"], match))
+        return _finish(session)
+
+
+def evaluate(options: Options, *, source: str | None, split: str) -> int:
+    """The task's metric on a run's newest package, a package or a deployed artifact."""
+    if split not in ("val", "test"):
+        raise UsageError(f"--split {split}: no such split to evaluate on", hint="val or test")
+    target = find_target(options, source)
+    if options.dry_run:
+        return _say(options, {"evaluate": source or str(target.run), "split": split})
+    from bmctl.engine.evaluate import evaluate_artifact
+
+    with opened(options, target) as session, stage(session) as context:
+        found = evaluate_artifact(context, Path(source) if source else session.run, split=split)
+        document = {
+            "split": split, "metric": found.metric, "value": found.value, "num_samples": len(found.scores),
+            "trivial_baseline": found.baseline, **found.extra,
+        }  # fmt: skip
+        if options.as_json:
+            session.console.data(json.dumps(document, indent=2))
+        else:
+            session.console.data(
+                "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in document.items())
+            )
+    return 0
+
+
+# -- what the commands are made of -------------------------------------------------------------------
+
+
+def _first_package(session: Session) -> package.ModelPackage:
+    """The run's first package: found, or trained now."""
+    run, recipe = session.run, session.recipe
+    found = package.list_packages(run)
+    if found and (recipe.train is None or not found[0].name.endswith("-train")):
+        return package.open_package(found[0])
+    if recipe.train is None:
+        raise PackageError(
+            f"{run} has no package, and recipe {recipe.name!r} has no train section",
+            hint=f"add a train section, or start from a pretrained model: bmctl import timm:NAME -o {run}",
+        )
+    job = Job(run=str(run), stage="train", resume=session.options.resume, overwrite=session.options.overwrite)
+    launch(job, recipe.launch, emit=session.emit)
+    return package.open_package(package.list_packages(run)[0])
+
+
+def _newest(session: Session) -> package.ModelPackage:
+    _first_package(session)
+    return package.find_package(session.run)
+
+
+def _start(session: Session, target: Target) -> package.ModelPackage | None:
+    """The package that the command line names, made the run's own; None where it names none."""
+    from bmctl.engine.compress import take_in
+
+    if target.graph:
+        return _import(session, str(target.graph), model=None, match="name")
+    if target.start is None:
+        return None
+    with stage(session) as context:
+        return take_in(context, target.start)
+
+
+def _import(
+    session: Session, source: str, *, model: str | None, match: Literal["name", "position"]
+) -> package.ModelPackage:
+    from bmctl.engine.importing import import_stage
+
+    with stage(session) as context:
+        return import_stage(context, source, model=model, match=match)
+
+
+def _compress(session: Session, *, start: package.ModelPackage) -> None:
+    from bmctl.engine.compress import run_steps
+
+    with stage(session) as context:
+        run_steps(context, start=start)
+
+
+def _export(session: Session, *, tensorrt: bool = False) -> None:
+    """Artifacts of the newest package, and of the first where the recipe wants the comparison."""
+    from bmctl.engine.export import choose_tensorrt, export_package
+    from bmctl.engine.prove import prove
+
+    recipe, run = session.recipe, session.run
+    backends = list(recipe.export.backends)
+    if tensorrt and not any(backend.name.startswith("tensorrt") for backend in backends):
+        name, why = choose_tensorrt()
+        session.note(f"--tensorrt: {name}, because {why}")
+        backends.append(BACKENDS[name].Config())
+    if not backends:
+        raise RecipeError(f"recipe {recipe.name!r} names no backend to export to", hint="--backend onnxruntime")
+    packages = package.list_packages(run)
+    original, newest = package.open_package(packages[0]), package.open_package(packages[-1])
+    with stage(session) as context:
+        deployed = []
+        if recipe.export.baseline and len(packages) > 1:
+            comparable = [one for one in backends if not BACKENDS[one.name].unavailable(one)]
+            deployed += export_package(context, original, backends=comparable, into=run / "deploy" / ORIGINAL)
+        deployed += export_package(context, newest, backends=backends, into=run / "deploy")
+        prove(context, original=original, deployed=deployed)
+
+
+def _infer(session: Session) -> None:
+    """The recipe's infer section: predictions into the run, and on stdout where nobody asked for JSON."""
+    from bmctl.engine import infer as engine
+
+    section = session.recipe.infer
+    assert section is not None
+    found = engine.predict(
+        session.run, section.data, backend=section.backend, batch_size=section.batch_size, emit=session.emit
+    )
+    predictions = list(found)
+    path = session.run / "predictions.jsonl"
+    store.write_atomic(path, "".join(line + "\n" for line in engine.to_jsonl(predictions)).encode())
+    for one in predictions[:SHOWN]:
+        session.console.line(f"{one.input}: {one.class_name} {one.score:.1%}", stage="infer")
+    session.note(f"{len(predictions)} predictions are in {path}")
+
+
+def _finish(session: Session) -> int:
+    """Write the report, show it, and let the gates speak once there is something to judge."""
+    found = reports.collect(session.run)
+    if found.artifacts:
+        found = reports.with_gates(found, gates.check(session.recipe.gates, found))
+    store.write_atomic(session.run / "report.json", reports.to_json(found).encode() + b"\n")
+    store.write_atomic(session.run / "report.md", reports.to_markdown(found).encode())
+    if session.options.as_json:
+        session.console.data(reports.to_json(found))
+    else:
+        session.console.report(found)
+    gates.raise_for(found.gates)
+    return 0
+
+
+def _check_method(family: str | None, method: str | None) -> None:
+    if method is None:
+        return
+    of_family = [name for name, module in METHODS.items() if module.FAMILY == family]
+    if method not in of_family:
+        raise UsageError(f"--method {method}: not a method of {family}", hint=f"one of {', '.join(of_family)}")
+
+
+def _up_to(target: Target, family: str) -> Target:
+    """The recipe's steps up to its last one of `family`: what `bmctl prune -r RECIPE` has to do."""
+    steps = target.recipe.compress
+    last = max((i for i, step in enumerate(steps) if METHODS[step.method].FAMILY == family), default=None)
+    if last is None:
+        raise RecipeError(
+            f"recipe {target.recipe.name!r} has no {family} step", hint=f"name one: --method {DEFAULT_METHOD[family]}"
+        )
+    return replace(target, recipe=target.recipe.model_copy(update={"compress": steps[: last + 1]}))
+
+
+def _plan(options: Options, target: Target, *, stages: Sequence[str]) -> int:
+    """What would be done, without torch."""
+    lines = [(stage, text) for stage, text in describe(target.recipe) if stage in ("run", *stages)]
+    return _say(options, {"run": str(target.run), **dict(lines)})
+
+
+def _say(options: Options, fields: Mapping[str, str]) -> int:
+    with options.console() as console:
+        if options.as_json:
+            console.data(json.dumps(dict(fields), indent=2))
+        else:
+            width = max(len(name) for name in fields)
+            console.data("\n".join(f"{name:<{width}}  {text}" for name, text in fields.items()))
+    return 0
+
+
+def explain(error: BaseException, arguments: Sequence[str]) -> int:
+    """Tell the user what went wrong, on stderr, and return the exit code."""
+    with Options(as_json="--json" in arguments).console() as console:
+        console.error(error, debug="--debug" in arguments)
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return error.exit_code if isinstance(error, BmctlError) else 1

@@ -1,0 +1,197 @@
+"""One command at work: its options, its recipe, its run, and where its events go."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bmctl import package, rundir
+from bmctl.console import Console
+from bmctl.errors import BmctlError, UsageError
+from bmctl.launch import is_worker
+from bmctl.recipe import Recipe, bare_recipe, load_recipe
+
+if TYPE_CHECKING:
+    from bmctl.engine.context import StageContext
+
+
+def leads() -> bool:
+    """Whether this process is the first rank, or alone."""
+    return not is_worker() or os.environ.get("RANK", "0") == "0"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The flags that commands share; see cli.common."""
+
+    recipe: str | None = None
+    output: str | None = None
+    overrides: list[str] | None = None
+    resume: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+    device: str | None = None
+    as_json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    debug: bool = False
+
+    def console(self) -> Console:
+        return Console(quiet=self.quiet or not leads(), verbose=self.verbose, as_json=self.as_json)
+
+
+@dataclass(frozen=True)
+class Session:
+    """A command that holds its run's lock."""
+
+    options: Options
+    recipe: Recipe
+    run: Path
+    console: Console
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes and speaks: under torchrun, the first rank alone."""
+        return leads()
+
+    def emit(self, event: Mapping[str, object]) -> None:
+        """An event of the engine: into the run's metrics.jsonl, and onto the screen."""
+        if event["event"] != "progress":  # a bar's ticks are for the screen alone
+            rundir.append_event(self.run, event)
+        self.console.emit(event)
+
+    def note(self, text: str) -> None:
+        self.emit({"event": "note", "text": text})
+
+
+@contextmanager
+def opened(options: Options, target: Target) -> Iterator[Session]:
+    """Create or add to the run, alone; a bug's traceback is kept in the run's log."""
+    recipe, run = target.recipe, target.run
+    with options.console() as console:
+        session = Session(options, recipe, run, console)
+        if not leads():
+            yield session  # rank 0 owns the directory
+            return
+        with rundir.opened(run, recipe):
+            try:
+                yield session
+            except (BmctlError, KeyboardInterrupt):
+                raise
+            except Exception as error:
+                log = run / "logs" / "bug.log"
+                log.parent.mkdir(exist_ok=True)
+                log.write_text("".join(traceback.format_exception(error)))
+                error.add_note(f"the traceback is in {log}")
+                raise
+
+
+@contextmanager
+def stage(session: Session) -> Iterator[StageContext]:
+    """What an engine stage needs, in this process: the group joined, signals caught."""
+    from bmctl.engine.context import StageContext
+    from bmctl.engine.parallel import join, leave
+    from bmctl.engine.signals import catch_signals
+
+    options, recipe = session.options, session.recipe
+    group = join(recipe.launch)
+    try:
+        with catch_signals(grace_s=recipe.train.grace_s if recipe.train else 30.0) as stop:
+            yield StageContext(
+                run=session.run,
+                recipe=recipe,
+                group=group,
+                stop=stop,
+                emit=session.emit,
+                resume=options.resume,
+                overwrite=options.overwrite,
+            )
+    finally:
+        leave(group)
+
+
+# -- what a command works on ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a command was pointed at.
+
+    Attributes:
+        run: The run that it reads and adds to.
+        start: The package named on the command line; None for the run's own.
+        graph: The foreign .onnx named on the command line, not packaged yet.
+    """
+
+    recipe: Recipe
+    run: Path
+    start: package.ModelPackage | None = None
+    graph: Path | None = None
+
+
+def find_target(
+    options: Options, source: str | None = None, *, step: str | None = None, extra: Sequence[str] = ()
+) -> Target:
+    """Resolve `-r`, `-o` and the positional source: the recipe over the source's own over the newest run's.
+
+    Args:
+        source: A package, a run or an .onnx; None takes the recipe's run, or the newest.
+        step: A method's name: the recipe's steps become this one, and `--set` addresses it.
+        extra: Further overrides.
+    """
+    overrides = [*(f"compress.0.{one}" if step else one for one in options.overrides or ()), *extra]
+    if step:
+        overrides.insert(0, f"compress=[{{method: {step}}}]")
+    if options.device:
+        overrides.append(f"launch.device={options.device}")
+    if source is None:
+        return _own_run(options, overrides)
+    path = Path(source)
+    if path.suffix == ".onnx" and path.is_file():
+        return replace(import_target(options, name=source, overrides=overrides), graph=path)
+    home = next((parent for parent in path.parents if rundir.is_run(parent)), None)
+    if home is not None and "deploy" in path.parts:  # a deployed artifact belongs to its run
+        return Target(load_recipe(options.recipe or home / "recipe.yaml", overrides=overrides), home)
+    start = package.find_package(path)
+    known = path if rundir.is_run(path) else start.path
+    recipe = load_recipe(options.recipe or known / "recipe.yaml", overrides=overrides)
+    if options.output is None and not rundir.is_run(path) and home is None:
+        raise UsageError(f"{source} is not part of a run: say where the result goes", hint="add -o runs/NAME")
+    return Target(recipe, Path(options.output) if options.output else home or path, start=start)
+
+
+def import_target(options: Options, *, name: str, overrides: Sequence[str] = ()) -> Target:
+    """Where an imported model goes: the recipe's run, or one that is named after the model."""
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", Path(name.rpartition(":")[2]).stem).strip("-._") or "model"
+    overrides = overrides or options.overrides or ()
+    recipe = load_recipe(options.recipe, overrides=overrides) if options.recipe else bare_recipe(name, overrides)
+    return Target(recipe, rundir.run_path(recipe, options.output))
+
+
+def _own_run(options: Options, overrides: list[str]) -> Target:
+    if options.recipe is not None:
+        recipe = load_recipe(options.recipe, overrides=overrides)
+        return Target(recipe, rundir.run_path(recipe, options.output))
+    named = Path(options.output) if options.output else None
+    run = named if named and rundir.is_run(named) else rundir.newest_run()
+    return Target(load_recipe(run / "recipe.yaml", overrides=overrides), named or run)
+
+
+def clear(run: Path, *, keep: int = 0) -> None:
+    """Before redoing (`--overwrite`): what stands on a stage goes with it; the first `keep` packages stay."""
+    for path in package.list_packages(run)[keep:]:
+        shutil.rmtree(path)
+    for name in ("deploy", "evaluations", "measurements.json", "report.json", "report.md"):
+        path = run / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if keep == 0:
+        for name in ("checkpoints", "tensorboard", "metrics.jsonl"):
+            path = run / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

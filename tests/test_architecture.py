@@ -1,0 +1,195 @@
+"""The floor plan: who may import whom, and what the parent process may load."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "bmctl"
+FILES = sorted(SOURCE.rglob("*.py"))
+
+PLUGINS = {"models", "sources", "tasks", "methods", "backends"}
+STAGES = {"engine.train", "engine.compress", "engine.export", "engine.infer", "engine.importing", "engine.prove"}
+
+# Room -> the rooms it may import from, anywhere in the file. errors, schema and the version are free to all.
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "schema": set(),
+    "__main__": {"cli"},
+    "cli": {"pipeline"},
+    "pipeline": {"recipe", "package", "launch", "report", "gates", "doctor", "console", "store", "rundir", "engine"},
+    "console": {"rows", "page", "wording", "doctor", "engine.infer", "tasks"},
+    "wording": {"page", "engine.infer"},
+    "page": {"rows", "engine.stats", "tasks"},
+    "rows": set(),
+    "recipe": {"yamlio", "sections", "draft", "shape", "diagnosis", "checks", "plan"},
+    "sections": PLUGINS,
+    "shape": {"yamlio", "sections"},
+    "diagnosis": {"yamlio", "shape", "models"},
+    "draft": {"yamlio", "shape", "diagnosis"},
+    "checks": {"yamlio", "sections", "diagnosis", "methods", "backends"},
+    "plan": {"sections"},
+    "yamlio": set(),
+    "disk": set(),
+    "store": {"disk"},
+    "rundir": {"store", "recipe", "package"},
+    "weights": {"store"},
+    "package": {"store", "weights", "methods", "models", "tasks"},
+    "job": {"store"},
+    "launch": {"recipe", "store", "job", "engine"},
+    "report": {"rows", "page", "store", "engine.stats", "engine.scores"},
+    "gates": {"rows", "page", "sections"},
+    "doctor": set(),
+    "models": {"models", "engine"},
+    "sources": {"sources", "engine"},
+    "tasks": {"tasks", "engine"},
+    "methods": {"methods", "engine"},
+    "backends": {"backends", "engine"},
+    "bundled": {"sources"},
+    "engine": {"recipe", "sections", "package", "store", "rows", "engine", *PLUGINS},
+}
+FREE = {"errors", "schema", ""}
+# What the parent process must not load before a command has been parsed and its work is known.
+HEAVY = {
+    "torch", "torchvision", "timm", "transformers", "numpy", "PIL", "onnx", "onnxruntime", "onnxscript", "openvino",
+    "nncf", "safetensors", "tensorrt", "tensorrt_rtx", "torch_pruning", "sklearn", "tensorboard",
+}  # fmt: skip
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imports(tree: ast.AST, *, everywhere: bool) -> Iterator[tuple[str, int]]:
+    """Modules imported, with the line; `everywhere` looks into functions too, never into `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            yield from (
+                (f"{module}.{alias.name}" if module.startswith("bmctl") else module, node.lineno)
+                for alias in node.names
+            )
+        elif isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        elif everywhere or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from imports(node, everywhere=everywhere)
+
+
+def room(target: str) -> str:
+    """``bmctl.engine.train.fit`` is room engine.train, ``bmctl.recipe.Recipe`` is room recipe."""
+    parts = target.split(".")[1:]
+    known = {name_of(path) for path in FILES}
+    while parts and ".".join(parts) not in known:
+        parts.pop()
+    return ".".join(parts)
+
+
+def allowed(target: str, rooms: set[str]) -> bool:
+    return target in FREE or target in rooms or target.split(".")[0] in rooms
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_keep_the_floor_plan(path: Path) -> None:
+    me = name_of(path)
+    rooms = MAY_IMPORT.get(me, MAY_IMPORT.get(me.split(".")[0]))
+    if me == "":
+        rooms = set()
+    assert rooms is not None, f"{path.name} has no place in the floor plan: add it to MAY_IMPORT"
+    wrong = [
+        f"{path}:{line} imports {target}"
+        for target, line in imports(ast.parse(path.read_text()), everywhere=True)
+        if target.split(".")[0] == "bmctl" and room(target) != me and not allowed(room(target), rooms)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_heavy_imports_stay_in_the_engine(path: Path) -> None:
+    me = name_of(path)
+    if me.startswith("engine") or me == "bundled.make":
+        return
+    wrong = [
+        f"{path}:{line} imports {target} at module level"
+        for target, line in imports(ast.parse(path.read_text()), everywhere=False)
+        if target.split(".")[0] in HEAVY or target.startswith("bmctl.engine")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_stages_do_not_import_each_other_upwards() -> None:
+    """worker calls stages; nothing in the engine calls back up."""
+    wrong = [
+        f"{path}:{line} imports {target}"
+        for path in FILES
+        if name_of(path).startswith("engine.") and name_of(path) != "engine.worker"
+        for target, line in imports(ast.parse(path.read_text()), everywhere=True)
+        if room(target) in {"engine.worker", "launch", "pipeline", "cli", "console"} and target.startswith("bmctl")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_console_imports_rich() -> None:
+    wrong = [
+        f"{path}:{line}"
+        for path in FILES
+        if name_of(path) != "console"
+        for target, line in imports(ast.parse(path.read_text()), everywhere=True)
+        if target.split(".")[0] == "rich"
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_the_command_line_prints() -> None:
+    wrong = [
+        f"{path}:{node.lineno}"
+        for path in FILES
+        if name_of(path) not in {"cli", "pipeline", "console", "bundled.make"}
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nothing_is_unpickled() -> None:
+    """No pickle import; torch.load only with weights_only=True; np.load never with allow_pickle."""
+    wrong = []
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        wrong += [
+            f"{path}:{line}"
+            for target, line in imports(tree, everywhere=True)
+            if target in {"pickle", "dill", "marshal"}
+        ]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load":
+                keywords = {k.arg: k.value for k in node.keywords}
+                owner = ast.unparse(node.func.value)
+                if owner == "torch" and ast.unparse(keywords.get("weights_only", ast.Constant(False))) != "True":
+                    wrong.append(f"{path}:{node.lineno} torch.load without weights_only=True")
+                if "allow_pickle" in keywords and ast.unparse(keywords["allow_pickle"]) != "False":
+                    wrong.append(f"{path}:{node.lineno} np.load with allow_pickle")
+    assert not wrong, "\n".join(wrong)
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level packages in sys.modules after `statement` in a fresh interpreter."""
+    code = f"{statement}\nimport sys; print(' '.join(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_the_command_line_starts_light() -> None:
+    assert not loaded_by("import bmctl.cli") & {"torch", "numpy", "onnx", "pydantic", "yaml", "rich"}
+
+
+@pytest.mark.parametrize("module", ["recipe", "package", "launch", "report", "gates", "store", "pipeline"])
+def test_the_parent_process_stays_light(module: str) -> None:
+    assert not loaded_by(f"import bmctl.{module}") & HEAVY
