@@ -17,8 +17,9 @@ BmctlError                  1   a bug: anything that is none of the below
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -135,3 +136,17 @@ class InterruptedRunError(BmctlError):
     def __init__(self, message: str, *, hint: str = "", exit_code: int = 130) -> None:
         super().__init__(message, hint=hint)
         self.exit_code = exit_code
+
+
+def error_from_dict(fields: Mapping[str, Any], *, prefix: str = "") -> BmctlError:
+    """The error that another process told of with `to_dict`: of the same class, with the same exit code.
+
+    Args:
+        fields: What `to_dict` gave.
+        prefix: Stands before the message, such as ``rank 1: ``.
+    """
+    kind = globals().get(str(fields["error"]))
+    kind = kind if isinstance(kind, type) and issubclass(kind, BmctlError) else WorkerError
+    error: BmctlError = kind(f"{prefix}{fields['message']}", hint=str(fields["hint"]))
+    error.exit_code = int(fields["exit_code"])
+    return error

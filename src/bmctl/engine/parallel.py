@@ -12,8 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bmctl import errors
-from bmctl.errors import BmctlError, DependencyError, RecipeError, UsageError, WorkerError
+from bmctl.errors import BmctlError, DependencyError, RecipeError, UsageError, WorkerError, error_from_dict
 from bmctl.recipe import LaunchConfig
 
 
@@ -144,14 +143,7 @@ def settle(group: Group, error: BmctlError | None) -> None:
         return
     for rank, fields in enumerate(gather(group, error.to_dict() if error is not None else None)):
         if fields is not None:
-            raise error if error is not None and rank == group.rank else _rebuild(fields)
-
-
-def _rebuild(fields: Mapping[str, Any]) -> BmctlError:
-    """An error of another process, of the same class and with the same exit code."""
-    error: BmctlError = getattr(errors, fields["error"], WorkerError)(fields["message"], hint=fields["hint"])
-    error.exit_code = fields["exit_code"]
-    return error
+            raise error if error is not None and rank == group.rank else error_from_dict(fields)
 
 
 def _choose_device(launch: LaunchConfig, *, local_rank: int, local_world: int) -> torch.device:

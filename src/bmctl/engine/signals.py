@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -19,17 +18,17 @@ class Stop:
 
     Attributes:
         requested: Number of the first signal received, or None.
-        since: `time.monotonic()` at that moment, or None.
+        grace_s: Seconds after the first signal by which the block must have ended.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, grace_s: float = 30.0) -> None:
         self.requested: int | None = None
-        self.since: float | None = None
+        self.grace_s = grace_s
 
     def request(self, signum: int) -> None:
         """Ask for a stop at the next border; only the first call counts."""
         if self.requested is None:
-            self.requested, self.since = signum, time.monotonic()
+            self.requested = signum
 
 
 class _Abandoned(BaseException):
@@ -51,7 +50,7 @@ def catch_signals(*, grace_s: float = 30.0) -> Iterator[Stop]:
     """Turn SIGTERM, SIGUSR1 and SIGINT into a flag while the block runs.
 
     Args:
-        grace_s: Seconds after the first signal by which the block must have ended.
+        grace_s: Seconds after the first signal by which the block must have ended; `Stop.grace_s` may change it.
 
     Yields:
         The flag. Outside of the main thread Python allows no handlers, and the flag can only be set by its user.
@@ -59,7 +58,7 @@ def catch_signals(*, grace_s: float = 30.0) -> Iterator[Stop]:
     Raises:
         InterruptedRunError: At a second signal, or when `grace_s` have passed.
     """
-    stop = Stop()
+    stop = Stop(grace_s=grace_s)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
@@ -68,11 +67,11 @@ def catch_signals(*, grace_s: float = 30.0) -> Iterator[Stop]:
         if stop.requested is not None:
             raise _Abandoned(signum, "stopped at the second signal; work since the last checkpoint is lost")
         stop.request(signum)
-        signal.setitimer(signal.ITIMER_REAL, grace_s)
+        signal.setitimer(signal.ITIMER_REAL, stop.grace_s)
 
     def on_alarm(_signum: int, _frame: FrameType | None) -> None:
         assert stop.requested is not None
-        raise _Abandoned(stop.requested, f"no checkpoint could be published within {grace_s:g} s (train.grace_s)")
+        raise _Abandoned(stop.requested, f"no checkpoint could be published within {stop.grace_s:g} s (train.grace_s)")
 
     before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
     before[signal.SIGALRM] = signal.signal(signal.SIGALRM, on_alarm)
