@@ -107,12 +107,13 @@ def read_bytes(path: Path, *, name: str) -> bytes:
         raise ResourceError(f"{name}: may not be read", hint=f"chmod +r {name}") from error
     except (OSError, ValueError) as error:
         raise fatal(name, f"cannot be read: {getattr(error, 'strerror', '') or error}") from error
-    with os.fdopen(descriptor, "rb") as file:
-        mode = os.fstat(descriptor).st_mode
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
         if stat.S_ISDIR(mode):
             raise fatal(name, "is a directory, expected a YAML file", "name the file in it")
-        if not stat.S_ISREG(mode):
-            raise fatal(name, "is not a regular file, expected a YAML file", "save it to a file first")
+        raise fatal(name, "is not a regular file, expected a YAML file", "save it to a file first")
+    with os.fdopen(descriptor, "rb") as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise fatal(name, f"is larger than {MAX_BYTES} bytes, which no recipe needs", "is this the right file?")
