@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -26,6 +27,9 @@ DTYPES = {
     "tensor(int64)": "int64",
     "tensor(bool)": "bool",
 }
+
+
+ERRORS = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile", "RuntimeException")
 
 
 class Config(Strict):
@@ -94,7 +98,9 @@ class OrtRunner:
         if self._session is None:
             raise ValueError("the runner is closed")
         names = [spec.name for spec in self.outputs]
-        arrays = self._session.run(names, check_feed(feed, inputs=self.inputs, batch=self.batch))
+        checked = check_feed(feed, inputs=self.inputs, batch=self.batch)
+        with _explained("ONNX Runtime failed on a batch"):
+            arrays = self._session.run(names, checked)
         return dict(zip(names, arrays, strict=True))
 
     def __enter__(self) -> Self:
@@ -115,13 +121,25 @@ def _start(artifact: Path, config: Config) -> Any:
     options.log_severity_level = 4  # errors are raised; nothing is to be printed besides
     cuda = config.device != "cpu" and "CUDAExecutionProvider" in ort.get_available_providers()
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if cuda else ["CPUExecutionProvider"]
-    try:
+    with _explained(f"ONNX Runtime cannot open {artifact}"):
         return ort.InferenceSession(str(artifact), options, providers=providers)
-    except RuntimeError as error:  # every exception of ONNX Runtime is one
-        from bmctl.backends import first_line
 
-        kind = UnsupportedError if type(error).__name__ == "NotImplemented" else PackageError
-        raise kind(f"ONNX Runtime cannot open {artifact}: {first_line(error)}") from error
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn ONNX Runtime's exceptions, which share no class of their own, into ours."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    from bmctl.backends import first_line
+
+    try:
+        yield
+    except state.NotImplemented as error:
+        raise UnsupportedError(f"{what}: {first_line(error)}") from error
+    except tuple(getattr(state, name) for name in ERRORS) as error:
+        text = first_line(error)
+        kind = UnsupportedError if "is not a registered function/op" in text else PackageError
+        raise kind(f"{what}: {text}") from error
 
 
 def _ort() -> Any:

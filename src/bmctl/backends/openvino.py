@@ -97,12 +97,15 @@ class OpenVinoRunner:
             raise ValueError("the runner is closed")
         checked = check_feed(feed, inputs=self.inputs, batch=self.batch)
         parts = self._split(checked)
-        for request, part in zip(self._requests, parts, strict=False):
-            request.start_async(part, share_inputs=True)
         results = []
-        for request, _ in zip(self._requests, parts, strict=False):
-            request.wait()
-            results.append([request.get_output_tensor(i).data.copy() for i in range(len(self.outputs))])
+        try:
+            for request, part in zip(self._requests, parts, strict=False):
+                request.start_async(part, share_inputs=True)
+            for request, _ in zip(self._requests, parts, strict=False):
+                request.wait()
+                results.append([request.get_output_tensor(i).data.copy() for i in range(len(self.outputs))])
+        except RuntimeError as error:
+            raise PackageError(f"OpenVINO failed on a batch: {_reason(error)}") from error
         joined = [
             columns[0] if len(columns) == 1 else np.concatenate(columns) for columns in zip(*results, strict=True)
         ]
@@ -129,8 +132,6 @@ class OpenVinoRunner:
 
 
 def _compile(artifact: Path, config: Config) -> Any:
-    from bmctl.backends import first_line
-
     core = _openvino().Core()
     options = {
         "INFERENCE_PRECISION_HINT": config.precision,
@@ -141,11 +142,18 @@ def _compile(artifact: Path, config: Config) -> Any:
     try:
         return core.compile_model(core.read_model(artifact), "CPU", options)
     except RuntimeError as error:
-        text = str(error)
-        if "OpConversionFailure" in text or "No conversion rule" in text or "not supported" in text.lower():
-            lines = [line.strip() for line in text.splitlines() if "conver" in line or "support" in line.lower()]
-            raise UnsupportedError(f"OpenVINO does not take {artifact}: {(lines or [text])[0][:300]}") from error
-        raise PackageError(f"OpenVINO cannot open {artifact}: {first_line(error)}") from error
+        lines = [line.strip() for line in str(error).splitlines()]
+        named = [line for line in lines if "conversion rule" in line or "No translator" in line]
+        if named:
+            raise UnsupportedError(f"OpenVINO does not take {artifact}: {named[0][:300]}") from error
+        raise PackageError(f"OpenVINO cannot open {artifact}: {_reason(error)}") from error
+
+
+def _reason(error: RuntimeError) -> str:
+    """The line that says something: OpenVINO's messages begin with where in its sources they were raised."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [line for line in lines if line and not line.startswith(("Exception from ", "Check '"))]
+    return (told or lines or ["no reason given"])[0][:300]
 
 
 def _openvino() -> Any:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from bmctl.errors import DependencyError, PackageError, UnsupportedError
 
 if TYPE_CHECKING:
-    from bmctl.recipe import BatchProfile
+    from bmctl.sections import BatchProfile
 
 MAX_MANIFEST_BYTES = 16 * 2**20
 
@@ -55,18 +55,19 @@ def build_engine(
         prepare: Told the builder's settings before the build, for what one of the libraries alone has.
 
     Returns:
-        For the manifest: version, profile per input as (min, opt, max) shapes, hash, messages.
+        For the manifest: version, profile per input as (min, opt, max) shapes, quantizers that were unsigned (see
+        trt_graph), hash, messages.
 
     Raises:
         UnsupportedError: The parser or the builder refuses the graph; operators are named.
     """
-    _refuse_unsigned(onnx_path)
+    graph, num_signed = _read_graph(onnx_path)
     logger = find_logger(trt)
     logger.drain()
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(onnx_path)):
+    if not parser.parse(graph, str(onnx_path)):
         problems = [_describe(parser.get_error(i)) for i in range(parser.num_errors)]
         raise UnsupportedError(
             f"{trt.__name__} {trt.__version__} cannot parse {onnx_path.name}: " + "; ".join(problems[:5]),
@@ -91,33 +92,21 @@ def build_engine(
         "version": trt.__version__,
         "profile": profiles,
         "tf32": tf32,
+        "num_signed_quantizers": num_signed,
         "sha256": hashlib.sha256(data).hexdigest(),
         "messages": list(dict.fromkeys(logger.drain()))[:20],
     }
 
 
-def _refuse_unsigned(onnx_path: Path) -> None:
-    """TensorRT reads unsigned Q/DQ as signed with the same scale: what exceeds half the range would be cut off."""
+def _read_graph(onnx_path: Path) -> tuple[bytes, int]:
+    """The graph as TensorRT takes it, and how many of its quantizers had to be made signed for that."""
     import onnx
 
-    graph = onnx.load(onnx_path, load_external_data=False).graph
-    unsigned = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.UINT8}
-    unsigned |= {
-        node.output[0]
-        for node in graph.node
-        if node.op_type == "Constant" and any(a.t.data_type == onnx.TensorProto.UINT8 for a in node.attribute)
-    }
-    named = [
-        node.name or node.output[0]
-        for node in graph.node
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and set(node.input[2:3]) & unsigned
-    ]
-    if named:
-        raise UnsupportedError(
-            f"{onnx_path.name} has {len(named)} quantizers with an unsigned (uint8) zero point, such as {named[0]!r}; "
-            "TensorRT takes symmetric int8 only",
-            hint="quantize again with signed, symmetric activations: bmctl quantize --method ptq",
-        )
+    from bmctl.backends.trt_graph import sign_quantizers
+
+    model = onnx.load(onnx_path)
+    num_signed = sign_quantizers(model)
+    return (model.SerializeToString() if num_signed else onnx_path.read_bytes()), num_signed
 
 
 def _describe(error: Any) -> str:
