@@ -202,13 +202,16 @@ def foreign_note(path: Path) -> str:
     """A remark to append to an error when `path` holds what downloads and clones leave instead of the real file."""
     try:
         with path.open("rb") as file:
-            head = file.read(256).lstrip().lower()
+            head = file.read(256)
     except OSError:
         return ""
-    if head.startswith(b"version https://git-lfs"):
+    text = head.lstrip().lower()
+    if text.startswith(b"version https://git-lfs"):
         return "; it is a Git LFS pointer, not the file itself: run `git lfs pull`"
-    if head.startswith((b"<!doctype html", b"<html", b"<?xml")):
+    if text.startswith((b"<!doctype html", b"<html", b"<?xml")):
         return "; it is a web page, not the file itself: download it again, signed in if need be"
+    if path.suffix == ".safetensors" and head.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return "; it is a pickle of PyTorch's, which is never loaded as a package"
     return ""
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bmctl.backends import onnxruntime
 from bmctl.engine import appraise, measure, onnxfile
 from bmctl.engine.context import StageContext
@@ -35,13 +33,15 @@ def import_graph(context: StageContext, path: Path, *, key: str, target: Path) -
     onnxfile.check_onnx(path)
     inputs, outputs = onnxfile.read_specs(path)
     preprocess = _preprocess(context, inputs, outputs, path=path)
-    class_names, recorded = numbered(_last(outputs)), {}
+    class_names, recorded = check_data(context, numbered(_last(outputs)), preprocess=preprocess, source=str(path))
     notes = [f"imported from {path}", *_notes(inputs)]
-    if preprocess is not None:
-        class_names, recorded = check_data(context, class_names, preprocess=preprocess, source=str(path))
-    else:
+    if preprocess is None:
         notes.append("no task and no data: only parity, latency and size are measured")
-    metrics = _measure(path, inputs)
+    metrics: dict[str, Any] = {
+        "num_params": measure.graph_num_params(path),
+        "macs": measure.graph_macs(path),
+        "precision": onnxfile.precision_of(path),
+    }
     evaluation = None
     if preprocess is not None and appraise.has_metric(context, preprocess):
         evaluation = _score(context, path, preprocess=preprocess, batch=inputs[0].shape[0])
@@ -69,15 +69,6 @@ def _last(outputs: tuple[TensorSpec, ...]) -> int:
     """The number of classes where the graph gives one row of scores per sample, else 0."""
     shape = outputs[0].shape if len(outputs) == 1 else ()
     return shape[1] or 0 if len(shape) == 2 else 0
-
-
-def _measure(path: Path, inputs: tuple[TensorSpec, ...]) -> dict[str, Any]:
-    """Latency only where one free float32 batch goes in: for the rest it is taken by the export."""
-    precision = {"precision": onnxfile.precision_of(path)}
-    if len(inputs) == 1 and inputs[0].dtype == "float32" and inputs[0].shape[:1] == (None,):
-        example = torch.zeros([1, *(dim or 1 for dim in inputs[0].shape[1:])])
-        return appraise.graph_numbers(path, before=None, example=example) | precision
-    return {"num_params": measure.graph_num_params(path), "macs": measure.graph_macs(path), **precision}
 
 
 def _score(context: StageContext, path: Path, *, preprocess: Preprocess, batch: int | None) -> Evaluation:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from bmctl import models, store
-from bmctl.engine import appraise, statedict
+from bmctl.engine import appraise, measure, statedict
 from bmctl.engine.context import StageContext
 from bmctl.errors import DataError, PackageError, RecipeError, ResourceError, UsageError
 from bmctl.models import InputDefaults, ModelConfig, ModelSpec
@@ -110,7 +110,7 @@ def _model_config(context: StageContext, name: str | None, *, path: Path) -> Mod
 
 
 def _key(context: StageContext, source: str, *, match: str) -> str:
-    used = {"model": True, "task": True, "data": {"source", "val", "preprocess"}}
+    used: Any = {"model": True, "task": True, "data": {"source", "val", "preprocess"}}
     fields = {"source": source, "match": match, "recipe": context.recipe.model_dump(mode="json", include=used)}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
@@ -236,7 +236,12 @@ def _publish(context: StageContext, found: Imported, *, source: str, key: str, t
     if tuple(logits.shape) != (2, len(found.class_names)):
         raise PackageError(f"{source} gives outputs {list(logits.shape)}, not [2, {len(found.class_names)}]")
     class_names, recorded = check_data(context, found.class_names, preprocess=preprocess, source=source)
-    metrics = appraise.module_numbers(context, model, before=None, example=example)
+    metrics: dict[str, Any] = {
+        "num_params": measure.num_params(model),
+        "num_nonzero": measure.num_nonzero(model),
+        "macs": measure.macs(model, example),
+        "precision": "fp32",
+    }
     evaluation = None
     if appraise.has_metric(context, preprocess):
         evaluation = appraise.score_module(context, model, preprocess=preprocess)
