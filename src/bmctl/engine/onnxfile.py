@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from bmctl import store
-from bmctl.errors import PackageError, UnsupportedError
+from bmctl.errors import PackageError, RecipeError, UnsupportedError
 from bmctl.schema import TensorSpec
 
 MAX_BYTES = 2**31 - 1
@@ -128,6 +129,40 @@ def tensors(model: ModelProto) -> Iterator[TensorProto]:
         yield from graph.initializer
         for one in graph.sparse_initializer:
             yield from (one.values, one.indices)
+
+
+def name_nodes(model: ModelProto) -> None:
+    """Give every node of the main graph a name of its own: foreign files may have none, or one twice."""
+    seen: set[str] = set()
+    for i, node in enumerate(model.graph.node):
+        if not node.name or node.name in seen:
+            node.name = f"{node.op_type}_{i}"
+        seen.add(node.name)
+
+
+def match_nodes(model: ModelProto, patterns: Sequence[str], *, where: str) -> list[str]:
+    """Names of the nodes that any pattern fits: by name, operator, or the name of a weight.
+
+    Args:
+        patterns: With `*` and `?`, such as ``Conv``, ``node_Conv_133`` or ``stem.*``.
+        where: Names the setting in the error.
+
+    Raises:
+        RecipeError: A pattern fits nothing.
+    """
+    held = {tensor.name for tensor in model.graph.initializer}
+    found: list[str] = []
+    for pattern in patterns:
+        fits = [
+            node.name
+            for node in model.graph.node
+            if any(fnmatchcase(text, pattern) for text in (node.name, node.op_type, *(held & set(node.input))))
+        ]
+        if not fits:
+            known = ", ".join(sorted({node.op_type for node in model.graph.node}))
+            raise RecipeError(f"{where}: {pattern!r} fits no node of the graph", hint=f"operators here: {known}")
+        found += [name for name in fits if name not in found]
+    return found
 
 
 def _subgraphs(node: NodeProto) -> list[GraphProto]:

@@ -9,11 +9,10 @@ Source: https://docs.openvino.ai/2026/openvino-workflow/model-optimization-guide
 
 from __future__ import annotations
 
-import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from bmctl.errors import DataError, RecipeError, UnsupportedError
+from bmctl.errors import DataError, UnsupportedError
 from bmctl.schema import Count, Many, StepConfig
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ class Config(StepConfig):
         which is finer for activations that are not centred, and which TensorRT refuses.
     fast_bias_correction: Correct each layer's mean shift from one pass; the slow way follows the error through
         the graph and takes one pass per layer.
-    ignore: Nodes that stay in floating point, by name or operator, with `*` and `?`.
+    ignore: Nodes that stay in fp32, by their own name, their operator or a weight of theirs, with `*` and `?`.
     """
 
     method: Literal["ptq"] = "ptq"
@@ -77,7 +76,8 @@ def apply(onnx_path: Path, config: Config, context: MethodContext, *, out: Path)
         raise UnsupportedError(f"{onnx_path.name} has {len(inputs)} inputs; calibration samples feed one")
     samples = _samples(config, context, shape=inputs[0].shape)
     model = onnx.load(onnx_path)
-    ignored = _ignored(model, config.ignore)
+    onnxfile.name_nodes(model)
+    ignored = onnxfile.match_nodes(model, config.ignore, where="ptq: ignore")
     notes: list[str] = []
     with quiet.listening(notes):
         model, version = _quantize(model, samples, config, ignored=ignored, input_name=inputs[0].name)
@@ -127,22 +127,6 @@ def _samples(config: Config, context: MethodContext, *, shape: tuple[int | None,
             hint=f"raise data.calib.limit to {config.samples}, or lower samples",
         )
     return found
-
-
-def _ignored(model: onnx.ModelProto, patterns: tuple[str, ...]) -> list[str]:
-    """Names of the nodes that any pattern fits, by name or operator."""
-    names: list[str] = []
-    for pattern in patterns:
-        fits = [
-            node.name
-            for node in model.graph.node
-            if fnmatch.fnmatchcase(node.name, pattern) or fnmatch.fnmatchcase(node.op_type, pattern)
-        ]
-        if not fits:
-            known = ", ".join(sorted({node.op_type for node in model.graph.node}))
-            raise RecipeError(f"ptq: ignore: {pattern!r} fits no node of the graph", hint=f"operators here: {known}")
-        names += [name for name in fits if name not in names]
-    return names
 
 
 def _quantize(
