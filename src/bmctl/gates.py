@@ -50,13 +50,13 @@ def raise_for(results: Sequence[GateResult]) -> None:
     if not failed:
         return
     lines = [f"  {r.artifact} {r.name}: {r.why}, limit {limit_text(r.name, r.limit)}" for r in failed]
-    unrun = any(r.value is None and r.why.startswith("built, not run") for r in failed)
-    hint = (
-        "set gates.allow_unrun=true to let pass what cannot run here" if unrun else "compress less, or recover longer"
-    )
+    unrun = [r for r in failed if r.value is None and r.why.startswith("built, not run")]
+    hints = [f"compress less, recover longer, or change the limit: --set gates.{failed[0].name}=..."]
+    if unrun:
+        hints.append("--set gates.allow_unrun=true lets pass what was built and cannot be run here")
     raise GateError(
         "\n".join([f"{len(failed)} of {len(results)} gates failed:", *lines]),
-        hint=f"{hint}; or change the limit: --set gates.{failed[0].name}=...",
+        hint="; ".join(hints[1:] if len(unrun) == len(failed) else hints),
     )
 
 

@@ -1,0 +1,162 @@
+"""Gates judge shipped artifacts on what was measured; what was not measured does not pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from bmctl import gates
+from bmctl.errors import GateError
+from bmctl.rows import Comparison, GateResult, Latency, Metric, Report, Row
+from bmctl.sections import GatesConfig
+
+SHIPPED = Row(
+    name="deploy/openvino",
+    kind="artifact",
+    stage="ptq",
+    backend="openvino",
+    is_original=False,
+    precision="int8",
+    num_params=80_000,
+    macs=8_000_000,
+    size_bytes=141_000,
+    test=Metric("accuracy", 0.88, 0.87, 0.89, 5000, 0.1, is_share=True),
+    drop=Comparison(0.010, 0.004, 0.016, "packages/00-train", "test"),
+    latency=Latency(2.9, 3.5, 4.0, num_rounds=15),
+    samples_per_s=22_000,
+    speedup=Comparison(2.72, 2.5, 2.9, "deploy/baseline/openvino"),
+)
+UNRUN = dataclasses.replace(
+    SHIPPED,
+    name="deploy/tensorrt_rtx",
+    test=None,
+    drop=None,
+    latency=None,
+    samples_per_s=None,
+    speedup=None,
+    status="built, not run",
+    reason="no NVIDIA GPU here",
+)
+
+
+def judge(limits: dict[str, Any], *rows: Row) -> tuple[GateResult, ...]:
+    report = Report(run="runs/x", bmctl="0", batch_size=64, machine={}, rows=rows or (SHIPPED,))
+    return gates.check(GatesConfig(**limits), report)
+
+
+@pytest.mark.parametrize(
+    ("limits", "passed"),
+    [
+        ({"max_drop": 0.011}, True),
+        ({"max_drop": 0.0099}, False),
+        ({"min_speedup": 2.7}, True),
+        ({"min_speedup": 2.75}, False),
+        ({"max_size_bytes": 141_000}, True),
+        ({"max_size_bytes": 140_999}, False),
+        ({"max_latency_ms": 2.9}, True),
+        ({"max_latency_ms": 2.8}, False),
+    ],
+    ids=str,
+)
+def test_each_gate_is_judged_on_the_point_estimate(limits: dict[str, Any], passed: bool) -> None:
+    (result,) = judge(limits)
+    assert result.passed is passed
+    assert result.name == next(iter(limits))
+    assert result.limit == next(iter(limits.values()))
+    assert result.artifact == "deploy/openvino"
+
+
+def test_a_drop_of_exactly_the_limit_passes() -> None:
+    """0.89 - 0.88 is 0.010000000000000009."""
+    row = dataclasses.replace(SHIPPED, drop=Comparison(0.89 - 0.88, 0.0, 0.02, "packages/00-train", "test"))
+    assert judge({"max_drop": 0.01}, row)[0].passed
+
+
+def test_a_close_call_says_so() -> None:
+    assert "1.00 [0.40, 1.60] points (close: the interval holds the limit)" in judge({"max_drop": 0.011})[0].why
+    assert "close" not in judge({"max_drop": 0.02})[0].why
+    assert "close" in judge({"min_speedup": 2.75})[0].why
+    assert "close" not in judge({"min_speedup": 3.0})[0].why
+
+
+def test_only_what_ships_is_judged() -> None:
+    original = dataclasses.replace(SHIPPED, name="deploy/baseline/openvino", is_original=True, size_bytes=10**9)
+    package = dataclasses.replace(SHIPPED, name="packages/00-train", kind="package", size_bytes=10**9)
+    results = judge({"max_size_bytes": 150_000}, package, original, SHIPPED)
+    assert [result.artifact for result in results] == ["deploy/openvino"]
+
+
+@pytest.mark.parametrize("limits", [{"max_drop": 1.0}, {"min_speedup": 0.1}, {"max_latency_ms": 1e9}], ids=str)
+def test_what_was_not_run_fails_unless_the_recipe_allows_it(limits: dict[str, Any]) -> None:
+    (result,) = judge(limits, UNRUN)
+    assert not result.passed
+    assert result.value is None
+    assert result.why == "built, not run: no NVIDIA GPU here"
+    (result,) = judge({**limits, "allow_unrun": True}, UNRUN)
+    assert result.passed
+    assert "gates.allow_unrun lets it pass" in result.why
+
+
+def test_the_size_of_what_was_not_run_is_judged_all_the_same() -> None:
+    (result,) = judge({"max_size_bytes": 100_000, "allow_unrun": True}, UNRUN)
+    assert not result.passed
+    assert result.value == 141_000
+
+
+@pytest.mark.parametrize(
+    ("limits", "without", "why"),
+    [
+        ({"max_drop": 1.0}, {"drop": None}, "not compared with the first package on test data"),
+        ({"min_speedup": 0.1}, {"speedup": None}, "export.baseline"),
+        ({"max_latency_ms": 1e9}, {"latency": None}, "latency not measured"),
+    ],
+    ids=str,
+)
+def test_what_was_not_measured_does_not_pass(limits: dict[str, Any], without: dict[str, None], why: str) -> None:
+    (result,) = judge(limits, dataclasses.replace(SHIPPED, **without))
+    assert not result.passed
+    assert why in result.why
+
+
+def test_a_drop_on_validation_is_not_one_on_test() -> None:
+    row = dataclasses.replace(SHIPPED, drop=Comparison(0.0, 0.0, 0.0, "packages/00-train", "val"))
+    assert not judge({"max_drop": 1.0}, row)[0].passed
+
+
+def test_with_no_artifact_every_gate_fails() -> None:
+    report = Report(run="x", bmctl="0", batch_size=None, machine={}, rows=())
+    results = gates.check(GatesConfig(max_drop=0.5, max_size_bytes=10), report)
+    assert [(r.name, r.passed, r.why) for r in results] == [
+        ("max_drop", False, "no artifact was exported"),
+        ("max_size_bytes", False, "no artifact was exported"),
+    ]
+
+
+def test_no_gates_no_results() -> None:
+    assert judge({}) == ()
+    assert judge({"allow_unrun": True}, UNRUN) == ()
+    gates.raise_for(())
+
+
+def test_all_failures_are_raised_at_once_with_value_and_limit() -> None:
+    results = judge({"max_drop": 0.003, "max_size_bytes": 100_000, "max_latency_ms": 50.0}, SHIPPED, UNRUN)
+    with pytest.raises(GateError) as caught:
+        gates.raise_for(results)
+    assert caught.value.exit_code == 8
+    lines = caught.value.message.split("\n")
+    assert lines[0] == "5 of 6 gates failed:"
+    assert "  deploy/openvino max_drop: 1.00 [0.40, 1.60] points, limit 0.30 points" in lines
+    assert "  deploy/openvino max_size_bytes: 141 kB, limit 100 kB" in lines
+    assert "  deploy/tensorrt_rtx max_drop: built, not run: no NVIDIA GPU here, limit 0.30 points" in lines
+    assert "allow_unrun" in caught.value.hint
+    assert "--set gates.max_drop=" in caught.value.hint
+
+
+def test_passed_gates_raise_nothing() -> None:
+    gates.raise_for(judge({"max_drop": 0.02, "min_speedup": 1.5}))
+
+
+def test_every_gate_of_the_recipe_is_judged() -> None:
+    assert set(gates.NAMES) == set(GatesConfig.model_fields) - {"allow_unrun"}
