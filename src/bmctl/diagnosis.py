@@ -48,7 +48,7 @@ def explain(error: ValidationError, *, data: Any, places: Mapping[KeyPath, str])
     """Every error of a failed validation of plain data against Recipe, one problem for each wrong value."""
     found: dict[KeyPath, list[dict[str, Any]]] = {}
     for one in error.errors(include_url=False):
-        path, union = follow(one["loc"], data)
+        path, union = follow(one["loc"], data, missing=one["type"] == "missing")
         found.setdefault(union or path, []).append({**one, "path": path})
     problems = []
     for group in found.values():
@@ -61,8 +61,11 @@ def explain(error: ValidationError, *, data: Any, places: Mapping[KeyPath, str])
     return problems
 
 
-def follow(loc: Sequence[str | int], data: Any) -> tuple[KeyPath, KeyPath | None]:
+def follow(loc: Sequence[str | int], data: Any, *, missing: bool) -> tuple[KeyPath, KeyPath | None]:
     """A pydantic location as a path in the data: tags of unions are not part of it.
+
+    Args:
+        missing: The last key is one that is not there.
 
     Returns:
         The path, and where a union without a discriminator was entered, if one was.
@@ -76,7 +79,7 @@ def follow(loc: Sequence[str | int], data: Any) -> tuple[KeyPath, KeyPath | None
             continue
         inside = isinstance(node, dict) and key in node
         inside = inside or (isinstance(node, list) and isinstance(key, int) and key < len(node))
-        if not inside and (i < len(loc) - 1 or not isinstance(node, dict)):
+        if not inside and not (missing and i == len(loc) - 1):
             union = tuple(path)  # the name of a member, which is no key
             continue
         node = node[key] if inside else None

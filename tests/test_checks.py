@@ -1,0 +1,87 @@
+"""What must hold between sections."""
+
+from __future__ import annotations
+
+import pytest
+
+from bmctl.checks import check_sections
+from bmctl.recipe import load_recipe
+from bmctl.yamlio import parse_yaml
+
+FULL = """
+name: r
+model: {name: bmctl:rescnn}
+data: {source: {kind: digits}}
+"""
+
+
+def found(text: str) -> list[str]:
+    return [
+        f"{'.'.join(map(str, path))}: {message}" for path, message, _ in check_sections(parse_yaml(text, name="x").data)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "words"),
+    [
+        ("name: r\nmodel: {name: bmctl:mlp}\ntrain: {}", "train", "needs a `data` section"),
+        ("name: r\ndata: {source: {kind: digits}}\ntrain: {}", "train", "needs a `model` section"),
+        ("name: r\ntask: {kind: classify}", "task", "needs a `data` section"),
+        ("name: r\ngates: {max_drop: 0.1}", "gates.max_drop", "no metric"),
+        (
+            FULL + "gates: {min_speedup: 2}\nexport: {baseline: false}",
+            "gates.min_speedup",
+            "`export.baseline` is false",
+        ),
+        ("name: r\nmodel: {name: bmctl:mlp, pretrained: true}", "model.pretrained", "no published weights"),
+        ("name: r\nmodel: {name: bmctl:rescn}", "model.name", "must be one of"),
+        (FULL + "train: {batch_size: 10}\nlaunch: {nproc: 4}", "train.batch_size", "do not divide by launch.nproc = 4"),
+        (FULL + "train: {}\nlaunch: {nproc: 3}", "train.batch_size", "64 samples"),
+        (FULL + "export: {batch: {min: 4, opt: 2}}", "export.batch", "got 4, 2, 64"),
+        (FULL + "export: {batch: {max: 4}}", "export.batch", "got 1, 8, 4"),
+        (
+            FULL + "export: {batch: {max: 32}, backends: [{name: tensorrt_rtx}]}",
+            "export.measure.batch_size",
+            "64 is outside the batch profile 1 to 32",
+        ),
+        (FULL + "compress: [{method: ptq}, {method: svd}]", "compress.1", "cannot follow ptq"),
+        (FULL + "compress: [{method: svd}, {method: svd}]", "compress.1", "a second step named 'svd'"),
+        (FULL + "compress: [{method: svd, name: train}]", "compress.0.name", "name of a stage"),
+        ("name: r\ncompress: [{method: ptq}]", "compress.0", "needs a `data` section to calibrate"),
+        ("name: r\ncompress: [{method: svd, recover: {}}]", "compress.0.recover", "needs a `data` section"),
+        (
+            FULL.replace("digits}", "digits}, preprocess: {mean: [0.5], std: [1, 1]}"),
+            "data.preprocess.std",
+            "mean has 1",
+        ),
+        (FULL.replace("digits}", "digits}, preprocess: {mean: [1], channels: 3}"), "data.preprocess.mean", "3 channel"),
+        (FULL.replace("digits}", "digits}, preprocess: {size: [8]}"), "data.preprocess.size", "got 1 numbers"),
+        (FULL + "infer: {data: x, backend: onnxrutime}", "infer.backend", "must be one of auto"),
+    ],
+)
+def test_contradictions(text: str, path: str, words: str) -> None:
+    problems = found(text)
+    assert len(problems) == 1, problems
+    assert problems[0].startswith(f"{path}: ")
+    assert words in problems[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        FULL + "compress: [{method: svd}, {method: svd, name: svd-2}, {method: ptq}, {method: cast}]",
+        FULL + "export: {batch: {max: 32}, backends: [{name: openvino}]}",
+        FULL + "gates: {min_speedup: 2, max_drop: 0.1}",
+        FULL + "train: {batch_size: 12}\nlaunch: {nproc: 4}",
+        "name: r\ncompress: [{method: svd}]",
+        # nonsense that the models of the sections report
+        "name: r\ncompress: 5\nexport: 3\ngates: [1]\nlaunch: {nproc: x}\ntrain: true\ndata: 1\nmodel: 2",
+        "name: r\ncompress: [1, {method: [x]}, {method: nope}]",
+    ],
+)
+def test_what_is_no_contradiction(text: str) -> None:
+    assert not [line for line in found(text) if not line.startswith("train: ")]
+
+
+def test_the_built_in_recipe_has_none() -> None:
+    load_recipe("fashion-mnist")
