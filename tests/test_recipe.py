@@ -57,7 +57,7 @@ def problems(path: Path | str, *overrides: str) -> str:
         load_recipe(path, overrides=overrides)
     assert caught.value.exit_code == 3
     assert caught.value.problems
-    assert all(str(problem) in caught.value.message for problem in caught.value.problems)
+    assert all(str(problem) in str(caught.value) for problem in caught.value.problems)
     folder = f"{Path(path).parent}/"
     return "\n".join(str(problem).replace(folder, "") for problem in caught.value.problems)
 

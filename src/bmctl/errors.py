@@ -82,6 +82,9 @@ class RecipeError(BmctlError):
         super().__init__(message, hint=hint)
         self.problems = tuple(problems)
 
+    def __str__(self) -> str:
+        return "\n".join([self.message, *(str(problem) for problem in self.problems)])
+
     def to_dict(self) -> dict[str, object]:
         return super().to_dict() | {"problems": [vars(problem) for problem in self.problems]}
 

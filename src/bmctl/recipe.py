@@ -41,6 +41,7 @@ __all__ = [
 ]  # fmt: skip
 
 MAX_INCLUDES = 64
+MAX_SHOWN = 50
 
 
 def load_recipe(path_or_name: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
@@ -55,9 +56,13 @@ def load_recipe(path_or_name: str | Path, *, overrides: Sequence[str] = ()) -> R
     """
     name = str(path_or_name)
     path = Path(name) if isinstance(path_or_name, Path) or is_path(name) else find_recipe(name)
-    draft = Draft()
-    read_into(draft, path, name=str(path), root=Path(os.path.realpath(path)).parent, chain=())
-    draft.places.setdefault((), str(path))
+    shown = name if is_path(name) else str(path)
+    shown = shown if len(shown) <= 200 else f"{shown[:100]}...{shown[-80:]}"
+    draft = Draft(places={(): shown})
+    try:
+        read_into(draft, path, name=shown, root=Path(os.path.realpath(path)).parent, chain=())
+    except RecipeError as error:
+        raise recipe_error(error.problems) from error
     return finish(draft, overrides=overrides)
 
 
@@ -85,12 +90,13 @@ def finish(draft: Draft, *, overrides: Sequence[str]) -> Recipe:
 
 
 def recipe_error(problems: Sequence[Problem]) -> RecipeError:
+    """All problems as one error, in the order in which they stand; of thousands the first ones."""
     ordered = sorted(dict.fromkeys(problems), key=lambda p: reading_order(p.where))
-    shown = [str(problem) for problem in ordered[:50]]
-    if len(ordered) > len(shown):
-        shown.append(f"... and {len(ordered) - len(shown)} more")
-    head = [f"{len(ordered)} problems in the recipe:"] if len(ordered) > 1 else []
-    return RecipeError("\n".join([*head, *shown]), problems=ordered)
+    count = len(ordered)
+    message = "a problem in the recipe" if count == 1 else f"{count} problems in the recipe"
+    if count > MAX_SHOWN:
+        message += f", of which the first {MAX_SHOWN} are"
+    return RecipeError(f"{message}:", problems=ordered[:MAX_SHOWN])
 
 
 def reading_order(where: str) -> tuple[bool, str, tuple[int, ...]]:
@@ -128,8 +134,7 @@ def find_recipe(name: str) -> Path:
     hint += "see `bmctl recipes ls`; a path has a slash or ends in .yaml"
     if len(name) < 200 and Path(name).is_file():
         hint = f"for the file say ./{name}"
-    message = f"no built-in recipe {name[:100]!r}"
-    raise RecipeError(message, hint=hint, problems=[Problem("--recipe", "", message, hint)])
+    raise RecipeError(f"no built-in recipe {name[:100]!r}", hint=hint)
 
 
 def read_into(draft: Draft, path: Path, *, name: str, root: Path, chain: tuple[Path, ...]) -> None:
