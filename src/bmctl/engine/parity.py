@@ -13,8 +13,11 @@ Runtimes reorder fp32 sums and may use Winograd convolutions; half precisions ke
 a rounding border may fall either way in every layer. A wrong graph is off by the scale itself.
 """
 
-AGREEMENT = {"fp32": 1.0, "fp16": 0.99, "bf16": 0.95, "int8": 0.95}
-"""Smallest share of samples whose largest output is the same one, ties within the tolerance aside."""
+AGREEMENT = {"fp32": 1.0, "fp16": 0.98, "bf16": 0.95, "int8": 0.9}
+"""Smallest share of samples whose largest output is the same one, near ties aside."""
+
+TIE = 0.25
+"""Outputs within this part of the tolerance of each other are a near tie."""
 
 
 class Parity(Strict):
@@ -64,7 +67,7 @@ def compare(reference: np.ndarray, got: np.ndarray, *, tolerance: float, min_agr
     else:
         scale = max(float(np.abs(reference).max(initial=0.0)), 1e-12)
         error = min(float(np.abs(got - reference).max(initial=0.0)) / scale, 1e9)
-        agreement = _agreement(reference, got, slack=tolerance * scale)
+        agreement = _agreement(reference, got, slack=TIE * tolerance * scale)
     return Parity(
         error=error,
         tolerance=tolerance,

@@ -9,6 +9,7 @@ Source: https://docs.openvino.ai/2026/openvino-workflow/model-optimization-guide
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -138,6 +139,8 @@ def _quantize(
     telemetry.switch_off()
     with quiet.listening([]):  # torch remarks on compilers and CUDA when NNCF loads its extensions
         import nncf
+
+        importlib.import_module("torch.utils.cpp_extension")
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(4)
