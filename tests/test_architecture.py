@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": {"methods", "engine"},
     "backends": {"backends", "engine"},
     "bundled": {"sources"},
-    "engine": {"recipe", "sections", "package", "store", "rows", "engine", *PLUGINS},
+    "engine": {"recipe", "sections", "package", "weights", "store", "job", "rows", "engine", *PLUGINS},
 }
 FREE = {"errors", "schema", ""}
 # What the parent process must not load before a command has been parsed and its work is known.
