@@ -26,7 +26,7 @@ STEPS: dict[str, list[dict[str, Any]]] = {
     "structured": [{"ratio": 0.5}, {"ratio": 0.25}],
     "svd": [{"ratio": 0.6}, {"ratio": 0.4}],
 }
-MODULE_METHODS = [name for name, method in METHODS.items() if getattr(method, "LEVEL", "") == "module"]
+MODULE_METHODS = [name for name, method in METHODS.items() if method.LEVEL == "module"]
 CHAINS = [(name,) for name in MODULE_METHODS] + [(a, b) for a in MODULE_METHODS for b in MODULE_METHODS]
 SPECS = {
     "rescnn": ModelSpec(name="bmctl:rescnn", args={"width": 8}, num_classes=10, channels=1, size=(8, 8)),

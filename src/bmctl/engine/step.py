@@ -158,7 +158,7 @@ def _graph_step(work: Work) -> None:
     numbers = appraise.graph_numbers(graph, before=before, example=method_context.example)
     quantizes = METHODS[step.method].FAMILY == "quantize"
     precision = {"precision": meta.get("precision", "int8" if quantizes else "fp32")}
-    calibration = method_context.calibration_record if quantizes else manifest.calibration
+    calibration = meta.get("calibration", manifest.calibration)
     fields = _manifest(work, meta, {**_val(evaluation), **numbers, **precision}, calibration=calibration)
     _publish(work, fields, evaluation, backend="onnxruntime", graph=graph)
 
