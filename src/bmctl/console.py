@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self, TextIO
+from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
 
 from rich.console import Console as Rich
 from rich.padding import Padding
@@ -230,13 +230,14 @@ class Console:
         if not self.live:
             self._say_now_and_then(event)
             return
+        left, right = wording.bar_words(event, width=self.rich.width)
+        done = wording.share_done(event) or 0.0
+        fields: dict[str, Any] = {"completed": done, "left": wording.printable(left), "right": right}
         if self.bar is None:
             self.bar = _bar(self.rich)
-            self.task = self.bar.add_task("", total=1.0, left="", right="")
+            self.task = self.bar.add_task("", total=1.0, **fields)
             self.bar.start()
-        left, right = wording.bar_words(event, width=self.rich.width)
-        done = wording.share_done(event)
-        self.bar.update(self.task, completed=done or 0.0, left=wording.printable(left), right=right, refresh=True)
+        self.bar.update(self.task, refresh=True, **fields)
         if event["event"] == "progress" and done == 1.0:
             self.clear()
 

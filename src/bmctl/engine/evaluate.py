@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,7 +123,7 @@ def evaluate_artifact(context: StageContext, source: Path, *, split: str) -> Eva
 
         deployed = open_deployed(source)
         about = deployed.manifest
-        options = {"artifact": deployed.hash, "backend": about.backend, "split": split}
+        options: dict[str, Any] = {"artifact": deployed.hash, "backend": about.backend, "split": split}
         preprocess = _preprocess(source, about.preprocess)
         known = find_evaluation(context, preprocess=preprocess, **options)
         if known is not None:
