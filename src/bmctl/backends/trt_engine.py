@@ -109,9 +109,9 @@ def _read_graph(onnx_path: Path) -> tuple[bytes, int]:
     return (model.SerializeToString() if num_signed else onnx_path.read_bytes()), num_signed
 
 
-def _describe(error: Any) -> str:
+def _describe(problem: Any) -> str:
     """One parser error, with the operator and the node's name."""
-    return f"{error.node_operator() or 'graph'} {error.node_name()!r}: {' '.join(error.desc().split())[:200]}"
+    return f"{problem.node_operator() or 'graph'} {problem.node_name()!r}: {' '.join(problem.desc().split())[:200]}"
 
 
 def _add_profile(builder: Any, network: Any, settings: Any, batch: BatchProfile) -> dict[str, list[list[int]]]:

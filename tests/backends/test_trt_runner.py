@@ -1,0 +1,180 @@
+"""The path that runs engines, on a stand-in that computes on the CPU; a real engine where there is a GPU.
+
+The stand-in knows an engine only by the addresses that it is given, as the library does. That the names it has are the
+library's own is what test_trt_names checks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import enum
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.backends.conftest import SmallGraph
+
+from bmctl.backends import tensorrt_rtx, trt_engine, trt_runner
+from bmctl.backends.trt_runner import EngineRunner
+from bmctl.errors import DataError, PackageError, ResourceError
+from bmctl.sections import BatchProfile
+
+
+class Severity(enum.IntEnum):
+    INTERNAL_ERROR = 0
+    ERROR = 1
+    WARNING = 2
+    INFO = 3
+
+
+class ILogger:
+    Severity = Severity
+
+
+class Context:
+    """y = 2 x over float32 [n, 3], through raw addresses."""
+
+    def __init__(self, library: FakeLibrary) -> None:
+        self.library = library
+        self.shape: tuple[int, ...] | None = None
+        self.addresses: dict[str, int] = {}
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shape = shape
+        return name == "x"
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self.shape or (-1, 3)
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        self.addresses[name] = memory
+        return True
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        if self.library.fails:
+            self.library.logger.log(Severity.ERROR, "out of  luck")
+            return False
+        assert self.shape is not None
+        size = int(np.prod(self.shape))
+        x, y = ((ctypes.c_float * size).from_address(self.addresses[name]) for name in ("x", "y"))
+        y[:] = [2 * value for value in x]
+        self.library.executed.append(stream_handle)
+        return True
+
+
+class Engine:
+    num_io_tensors = 2
+
+    def __init__(self, library: FakeLibrary) -> None:
+        self.library = library
+
+    def get_tensor_name(self, index: int) -> str:
+        return ("x", "y")[index]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return {"x": "input", "y": "output"}[name]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (-1, 3)
+
+    def get_tensor_dtype(self, name: str) -> str:
+        return "float"
+
+    def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
+        return [(1, 3), (2, 3), (4, 3)]
+
+    def create_execution_context(self) -> Context:
+        return Context(self.library)
+
+
+class FakeLibrary:
+    """Stands in for the module `tensorrt`."""
+
+    __name__ = "tensorrt"
+    __version__ = "11.4"
+    ILogger = ILogger
+    TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
+    DataType = SimpleNamespace(
+        FLOAT="float", HALF="half", INT8="int8", UINT8="uint8", INT32="int32", INT64="int64", BOOL="bool"
+    )
+
+    def __init__(self) -> None:
+        self.fails = False
+        self.executed: list[int] = []
+        self.logger: Any = None
+
+    def Runtime(self, logger: Any) -> Any:
+        self.logger = logger
+        return SimpleNamespace(deserialize_cuda_engine=lambda data: Engine(self) if data == b"engine" else None)
+
+
+class Stream:
+    cuda_stream = 7
+
+    def synchronize(self) -> None:
+        pass
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
+    monkeypatch.setattr(trt_runner, "DEVICE", "cpu")
+    monkeypatch.setattr("torch.cuda.Stream", Stream)
+    monkeypatch.setattr("torch.cuda.stream", lambda stream: contextlib.nullcontext())
+    return FakeLibrary()
+
+
+def test_an_engine_is_fed_and_read(library: FakeLibrary) -> None:
+    with EngineRunner(library, b"engine") as runner:
+        assert [spec.name for spec in runner.inputs] == ["x"]
+        assert runner.inputs[0].shape == (None, 3)
+        assert [spec.name for spec in runner.outputs] == ["y"]
+        assert runner.batch == (1, 4)
+        for size in (4, 1):
+            x = np.arange(3 * size, dtype=np.float32).reshape(size, 3)
+            x.flags.writeable = False
+            np.testing.assert_array_equal(runner.run({"x": x})["y"], 2 * x)
+    assert library.executed == [Stream.cuda_stream] * 2
+
+
+def test_a_batch_outside_the_profile_never_reaches_the_library(library: FakeLibrary) -> None:
+    with EngineRunner(library, b"engine") as runner, pytest.raises(DataError, match="outside the profile"):
+        runner.run({"x": np.zeros((5, 3), np.float32)})
+    assert library.executed == []
+
+
+def test_what_the_library_says_is_in_the_error(library: FakeLibrary) -> None:
+    library.fails = True
+    with (
+        EngineRunner(library, b"engine") as runner,
+        pytest.raises(ResourceError, match="refused the batch: out of luck"),
+    ):
+        runner.run({"x": np.zeros((1, 3), np.float32)})
+
+
+def test_bytes_that_are_no_engine(library: FakeLibrary) -> None:
+    with pytest.raises(PackageError, match="cannot open the engine"):
+        EngineRunner(library, b"something else")
+
+
+def test_closing_lets_go(library: FakeLibrary) -> None:
+    with EngineRunner(library, b"engine") as runner:
+        pass
+    assert (runner._context, runner._engine, runner._runtime) == (None, None, None)
+    with pytest.raises(ValueError, match="closed"):
+        runner.run({"x": np.zeros((1, 3), np.float32)})
+
+
+@pytest.mark.gpu
+def test_a_real_engine_on_a_gpu(small_graph: SmallGraph, batch: BatchProfile, tmp_path: Path) -> None:
+    device = trt_engine.find_device()
+    if device is None or device.capability not in tensorrt_rtx.CAPABILITIES:
+        pytest.skip(f"TensorRT-RTX does not serve {device}")
+    config = tensorrt_rtx.Config(capabilities=(device.capability,))
+    out = tmp_path / "model.rtx.engine"
+    meta = tensorrt_rtx.build(small_graph.path, config=config, batch=batch, out=out)
+    x = np.random.default_rng(0).standard_normal((5, 1, 4, 4), np.float32)
+    with tensorrt_rtx.open(out, config=config, meta=meta) as runner:
+        np.testing.assert_allclose(runner.run({"input": x})["logits"], small_graph.reference(x), rtol=1e-3, atol=1e-4)
