@@ -17,11 +17,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bmctl.sources.bundled import CLASS_NAMES, COLUMNS, FOLDER, PER_CLASS, SIDE
+
 if TYPE_CHECKING:
     import numpy as np
 
-SIDE = 28
-COLUMNS = 100
 # SHA-256 of the files' contents: repackagers compress anew, which changes the .gz but not what is in it.
 CONTENTS = {
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
@@ -29,19 +29,6 @@ CONTENTS = {
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
-CLASS_NAMES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
-PER_CLASS = {"train": 1200, "val": 200, "test": 500}
 
 
 def read_published(folder: Path, *, name: str) -> bytes:
@@ -120,7 +107,7 @@ def make(folder: Path, *, into: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the four published files are")
-    parser.add_argument("--into", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--into", type=Path, default=FOLDER)
     arguments = parser.parse_args()
     make(arguments.folder, into=arguments.into)
 

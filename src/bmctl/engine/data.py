@@ -6,24 +6,29 @@ n: samples of a batch. C, H, W: channels, height, width. N: samples of a split.
 from __future__ import annotations
 
 import hashlib
+import os
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from bmctl.engine import images
 from bmctl.engine.chance import hash_integers, shuffled
-from bmctl.errors import BmctlError, DataError, RecipeError, ResourceError
+from bmctl.engine.loader import Batch, load
+from bmctl.errors import DataError, RecipeError
 from bmctl.models import InputDefaults, input_defaults
 from bmctl.schema import Preprocess
 from bmctl.sections import AugmentConfig, DataConfig, Recipe
 from bmctl.sources import SOURCES, Samples
+from bmctl.sources.samples import ArraySamples
 
 PROBE = 1000
 """Files that are decoded for size, channels, mean and std where the recipe leaves them to the data."""
+DECODERS = min(4, os.cpu_count() or 1)
 _CHUNK = 2048
 
 
@@ -64,7 +69,7 @@ class Split:
             pixels = augment(pixels, chosen, config=self.augment, seed=self.seed, epoch=self.epoch)
         return images.normalise(pixels, self.preprocess), self.labels[indices]
 
-    def __getitems__(self, indices: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitems__(self, indices: Sequence[int] | np.ndarray) -> Batch:
         """The batch that torch's DataLoader asks for: float32 [n, C, H, W] and int64 [n]."""
         x_nCHW, labels = self.arrays(np.asarray(indices, dtype=np.int64))
         return torch.from_numpy(x_nCHW), torch.from_numpy(labels)
@@ -83,7 +88,7 @@ def open_split(recipe: Recipe, *, name: str, preprocess: Preprocess, augment: bo
         DataError: Missing, empty, corrupt or inconsistent data.
     """
     data = _data(recipe)
-    samples, indices = _choose(data, name=name)
+    samples, indices = _choose(recipe, name=name)
     chosen = indices.astype("<i8").tobytes()
     return Split(
         samples=samples,
@@ -96,11 +101,24 @@ def open_split(recipe: Recipe, *, name: str, preprocess: Preprocess, augment: bo
     )
 
 
+def open_samples(recipe: Recipe, *, split: str) -> Samples:
+    """Everything that the recipe's source has of `train`, `val` or `test`.
+
+    Raises:
+        DataError: Missing, empty, corrupt or inconsistent data.
+    """
+    source: Any = _data(recipe).source
+    samples: Samples = SOURCES[source.kind].open(source, split=split)
+    if len(samples.labels) == 0:
+        raise DataError(f"data.source: the {split} split is empty")
+    return samples
+
+
 def data_fingerprint(recipe: Recipe) -> str:
     """SHA-256 over what training, selection and calibration look at; the test split is not opened for it."""
     digest = hashlib.sha256()
     for name in ("train", "val"):
-        samples, indices = _choose(_data(recipe), name=name)
+        samples, indices = _choose(recipe, name=name)
         digest.update(samples.fingerprint.encode() + indices.astype("<i8").tobytes())
     return digest.hexdigest()
 
@@ -136,7 +154,7 @@ def train_batches(
     world: int = 1,
     start_step: int = 0,
     num_workers: int = 0,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Iterator[Batch]:
     """One epoch of shuffled, augmented batches; the last, incomplete one is dropped.
 
     Args:
@@ -163,13 +181,28 @@ def train_batches(
     split = replace(split, seed=seed, epoch=epoch)
     steps = sample_order(len(split), seed=seed, epoch=epoch)
     steps = steps[: len(split) // batch_size * batch_size].reshape(-1, world, batch_size // world)
-    return _load(split, list(steps[start_step:, rank]), num_workers=num_workers)
+    return load(split, list(steps[start_step:, rank]), num_workers=num_workers)
 
 
 def array_batches(split: Split, *, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """All samples in order: float32 [n, C, H, W] and int64 [n], the last batch smaller if need be."""
-    for start in range(0, len(split), batch_size):
-        yield split.arrays(np.arange(start, min(start + batch_size, len(split))))
+    steps = [np.arange(start, min(start + batch_size, len(split))) for start in range(0, len(split), batch_size)]
+    if isinstance(split.samples, ArraySamples):
+        yield from map(split.arrays, steps)
+        return
+    # Files: threads decode the next batches while the caller works on this one.
+    waiting: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
+    with ThreadPoolExecutor(DECODERS) as pool:
+        try:
+            for step in steps:
+                waiting.append(pool.submit(split.arrays, step))
+                if len(waiting) > DECODERS:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for each in waiting:
+                each.cancel()
 
 
 def augment(pixels: np.ndarray, indices: np.ndarray, *, config: AugmentConfig, seed: int, epoch: int) -> np.ndarray:
@@ -246,13 +279,11 @@ def _data(recipe: Recipe) -> DataConfig:
     return recipe.data
 
 
-def _choose(data: DataConfig, *, name: str) -> tuple[Samples, np.ndarray]:
+def _choose(recipe: Recipe, *, name: str) -> tuple[Samples, np.ndarray]:
     """Samples of a split and the int64 indices of those that the recipe's limits leave."""
+    data = _data(recipe)
     split = data.calib.split if name == "calib" else name
-    source: Any = data.source
-    samples: Samples = SOURCES[source.kind].open(source, split=split)
-    if len(samples.labels) == 0:
-        raise DataError(f"data.source: the {split} split is empty")
+    samples = open_samples(recipe, split=split)
     limit = {"train": data.train, "val": data.val, "test": data.test}[split].limit
     order = balanced_order(samples.labels)[:limit]
     return samples, order[: data.calib.limit] if name == "calib" else order
@@ -260,8 +291,8 @@ def _choose(data: DataConfig, *, name: str) -> tuple[Samples, np.ndarray]:
 
 def _probe(recipe: Recipe) -> Sequence[np.ndarray] | np.ndarray:
     """Training images: all of them where they are in memory, the first PROBE of the balanced order else."""
-    samples, indices = _choose(_data(recipe), name="train")
-    return samples.read(indices if hasattr(samples, "images") else indices[:PROBE])
+    samples, indices = _choose(recipe, name="train")
+    return samples.read(indices if isinstance(samples, ArraySamples) else indices[:PROBE])
 
 
 def _common_size(probe: Sequence[np.ndarray] | np.ndarray) -> tuple[int, int]:
@@ -276,9 +307,7 @@ def _common_size(probe: Sequence[np.ndarray] | np.ndarray) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _moments(
-    probe: Sequence[np.ndarray] | np.ndarray, *, channels: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _moments(probe: Sequence[np.ndarray] | np.ndarray, *, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std per channel of pixels in [0, 1], from exact histograms."""
     counts = np.zeros((channels, 256), np.int64)
     blocks = (
@@ -298,55 +327,3 @@ def _moments(
     if std.min() < 1e-4:
         raise DataError("the training images are all of one colour", hint="look at the files in data.source")
     return tuple(round(float(each), 4) for each in mean), tuple(round(float(each), 4) for each in std)
-
-
-# -- loader processes --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Guarded:
-    """Hands errors over as values: torch would raise them again with a traceback for a message and without the hint."""
-
-    split: Split
-
-    def __getitems__(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor] | BmctlError:
-        try:
-            return self.split.__getitems__(indices)
-        except BmctlError as error:
-            return error
-
-
-def _load(split: Split, steps: list[np.ndarray], *, num_workers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    # Its own generator: the iterator's base seed must not be drawn from the global one, which a resumed run restores.
-    loader: DataLoader = DataLoader(
-        _Guarded(split),  # type: ignore[arg-type]
-        batch_sampler=steps,  # type: ignore[arg-type]
-        collate_fn=_same,
-        num_workers=num_workers,
-        generator=torch.Generator(),
-        worker_init_fn=_ignore_signals,
-    )
-    try:
-        for batch in loader:
-            if isinstance(batch, BmctlError):
-                raise batch
-            yield batch
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise ResourceError(
-            f"a loader process died ({str(error).splitlines()[0]})",
-            hint="--set data.num_workers=0, or give /dev/shm and memory more room",
-        ) from error
-
-
-def _same(batch: object) -> object:
-    return batch
-
-
-def _ignore_signals(worker: int) -> None:
-    """Only the training process reacts to signals; loader processes end when it does."""
-    import signal
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)

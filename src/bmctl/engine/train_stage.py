@@ -11,10 +11,11 @@ from torch import nn
 from bmctl.engine import appraise, measure, randomness
 from bmctl.engine.context import StageContext
 from bmctl.engine.data import Split, array_batches, data_fingerprint, open_split, resolve_preprocess
+from bmctl.engine.leaks import check_leaks
 from bmctl.engine.parallel import settle
 from bmctl.engine.train import FitResult, fit, training_key
 from bmctl.errors import BmctlError, RecipeError, UsageError
-from bmctl.models import ModelSpec, build
+from bmctl.models import ModelConfig, ModelSpec, build, input_defaults, resolve
 from bmctl.package import Manifest, ModelPackage, open_package, save_package
 from bmctl.recipe import recipe_yaml
 from bmctl.schema import TensorSpec
@@ -46,13 +47,18 @@ def train_stage(context: StageContext) -> ModelPackage | None:
     preprocess = resolve_preprocess(recipe)
     train = open_split(recipe, name="train", preprocess=preprocess, augment=True)
     val = open_split(recipe, name="val", preprocess=preprocess)
-    spec = ModelSpec(
-        name=recipe.model.name,
-        args=recipe.model.args,
-        num_classes=len(train.class_names),
-        channels=preprocess.channels,
-        size=preprocess.size,
+    spec = resolve(
+        ModelSpec(
+            name=recipe.model.name,
+            args=recipe.model.args,
+            num_classes=len(train.class_names),
+            channels=preprocess.channels,
+            size=preprocess.size,
+        )
     )
+    notes = (*check_leaks(recipe), *_new_head(recipe.model, num_classes=spec.num_classes))
+    for text in notes if context.group.leads else ():
+        context.emit({"event": "note", "stage": STAGE, "text": text})
     randomness.seed_all(recipe.seed, stage="build")
     model = build(spec, pretrained=recipe.model.pretrained)
     result = fit(
@@ -69,11 +75,19 @@ def train_stage(context: StageContext) -> ModelPackage | None:
     error, package = None, None
     if context.group.leads:
         try:
-            package = _publish(context, model, result, spec=spec, val=val, target=target, key=key)
+            package = _publish(context, model, result, spec=spec, val=val, target=target, key=key, notes=notes)
         except BmctlError as failed:
             error = failed
     settle(context.group, error)
     return package
+
+
+def _new_head(config: ModelConfig, *, num_classes: int) -> tuple[str, ...]:
+    """What is to be said when published weights do not bring the last layer."""
+    published = input_defaults(config).num_classes if config.pretrained else None
+    if published in (None, num_classes):
+        return ()
+    return (f"{config.name}: its last layer tells {published} classes apart, a new one is trained for {num_classes}",)
 
 
 def _done(context: StageContext, target: Path, *, key: str) -> ModelPackage | None:
@@ -91,7 +105,15 @@ def _done(context: StageContext, target: Path, *, key: str) -> ModelPackage | No
 
 
 def _publish(
-    context: StageContext, model: nn.Module, result: FitResult, *, spec: ModelSpec, val: Split, target: Path, key: str
+    context: StageContext,
+    model: nn.Module,
+    result: FitResult,
+    *,
+    spec: ModelSpec,
+    val: Split,
+    target: Path,
+    key: str,
+    notes: tuple[str, ...],
 ) -> ModelPackage:
     evaluation, preprocess, recipe = result.val, val.preprocess, context.recipe
     assert evaluation is not None and recipe.task is not None
@@ -115,7 +137,7 @@ def _publish(
             **numbers,
         },
         data_fingerprint=data_fingerprint(recipe),
-        notes=result.notes,
+        notes=(*notes, *result.notes),
     )
     package = save_package(
         target, manifest=manifest, recipe_yaml=recipe_yaml(recipe), model=model, overwrite=context.overwrite

@@ -59,8 +59,6 @@ def fetch_weights(url: str, *, sha256_prefix: str) -> dict[str, torch.Tensor]:
         DependencyError: Offline or unreachable.
         PackageError: The hash differs, or the file is no plain state dict.
     """
-    import pickle
-
     import torch
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name
@@ -74,7 +72,7 @@ def fetch_weights(url: str, *, sha256_prefix: str) -> dict[str, torch.Tensor]:
         )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (torch.serialization.pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise PackageError(f"{path}: not a plain state dict ({_first_line(error)})") from error
 
 

@@ -73,14 +73,13 @@ def input_defaults(config: ModelConfig) -> InputDefaults:
     target = processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
     size = _pair(target) or size
     resized = _pair(processor.get("size"))
-    cropped = processor.get("do_center_crop") and size and resized
     return InputDefaults(
         size=size,
         channels=channels,
         mean=processor.get("image_mean") or (0.5,) * channels,
         std=processor.get("image_std") or (0.5,) * channels,
         interpolation=_FILTERS.get(processor.get("resample", 2), "bilinear"),  # type: ignore[arg-type]
-        crop=min(1.0, size[0] / resized[0]) if cropped else None,
+        crop=min(1.0, size[0] / resized[0]) if size and resized and processor.get("do_center_crop") else None,
         num_classes=len(labels) or 2,
         class_names=tuple(labels[key] for key in sorted(labels, key=int)) or None,
     )

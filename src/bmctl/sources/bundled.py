@@ -9,10 +9,24 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from bmctl.bundled.make import CLASS_NAMES, COLUMNS, PER_CLASS, SIDE
 from bmctl.schema import Strict
 from bmctl.sources.samples import ArraySamples, array_samples
 
+SIDE = 28
+COLUMNS = 100
+CLASS_NAMES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+PER_CLASS = {"train": 1200, "val": 200, "test": 500}
 FOLDER = Path(__file__).parents[1] / "bundled"
 SAMPLES = FOLDER / "samples"
 """One image file per class that is in none of the splits: what `infer` shows off with."""
