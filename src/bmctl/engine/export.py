@@ -251,7 +251,7 @@ def _run(runner: Runner, x: np.ndarray) -> np.ndarray:
 
 
 def _save_sample(path: Path, source: Source) -> None:
-    arrays = {source.inputs[0].name: source.x[:NUM_KEPT], source.outputs[0].name: source.y[:NUM_KEPT]}
+    arrays = {"input": source.x[:NUM_KEPT], "output": source.y[:NUM_KEPT]}
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
 
 

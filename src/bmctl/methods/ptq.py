@@ -1,7 +1,8 @@
 """Static int8 quantization after training: ranges from calibration samples, Q/DQ pairs in the ONNX graph.
 
-Activations and weights are symmetric and signed with zero point 0, as TensorRT takes them: it reads an unsigned
-quantizer as a signed one with the same scale. NNCF prefers unsigned activations behind a ReLU; those are rewritten.
+Weights and activations are symmetric, zero point 0, as TensorRT takes them. Behind a ReLU activations are unsigned:
+twice the steps, and the form in which CPU runtimes compute a convolution in integers. TensorRT has signed ones only;
+its build turns them (backends/trt_graph.py).
 
 Source: https://docs.openvino.ai/2026/openvino-workflow/model-optimization-guide/quantizing-models-post-training.html
     and https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html
@@ -61,7 +62,7 @@ def apply(onnx_path: Path, config: Config, context: MethodContext, *, out: Path)
     """
     import onnx
 
-    from bmctl.engine import onnxfile, qdq, quiet
+    from bmctl.engine import onnxfile, quiet
     from bmctl.engine.graph import tidy
 
     precision = onnxfile.precision_of(onnx_path)
@@ -82,8 +83,6 @@ def apply(onnx_path: Path, config: Config, context: MethodContext, *, out: Path)
     notes: list[str] = []
     with quiet.listening(notes):
         model, version = _quantize(model, samples, config, ignored=ignored, input_name=inputs[0].name)
-    if config.preset == "performance":
-        qdq.make_signed(model)
     tidy(model)
     num_pairs = sum(node.op_type == "QuantizeLinear" for node in model.graph.node)
     if not num_pairs:
