@@ -18,7 +18,7 @@ from bmctl.schema import Many, Preprocess, Strict, TensorSpec
 from bmctl.store import FileRecord
 
 SAMPLE = "sample.safetensors"
-"""``input`` and the reference's ``output``, a few samples each: parity can be checked again on any machine."""
+"""Inputs and the reference's outputs, by the names of the graph: parity can be checked again on any machine."""
 
 
 class DeployManifest(Strict):

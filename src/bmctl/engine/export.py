@@ -201,7 +201,7 @@ def _deploy(context: StageContext, package: ModelPackage, source: Source, *, con
             command_elsewhere=_command_elsewhere(context, package, config),
         )
         store.write_manifest(folder, manifest)
-    text = f"{target}: {source.precision}, " + (f"built, not run: {reason}" if reason else str(result))
+    text = f"{target.name}: {source.precision}, " + (f"built, not run: {reason}" if reason else str(result))
     context.emit({"event": "note", "stage": STAGE, "text": text})
     return Deployed(path=target, manifest=manifest)
 
@@ -251,7 +251,7 @@ def _run(runner: Runner, x: np.ndarray) -> np.ndarray:
 
 
 def _save_sample(path: Path, source: Source) -> None:
-    arrays = {"input": source.x[:NUM_KEPT], "output": source.y[:NUM_KEPT]}
+    arrays = {source.inputs[0].name: source.x[:NUM_KEPT], source.outputs[0].name: source.y[:NUM_KEPT]}
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
 
 
