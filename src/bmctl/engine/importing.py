@@ -177,15 +177,17 @@ def _count_classes(config: ModelConfig, preprocess: Preprocess, found: statedict
     heads = [name for name in first if first[name].shape != second[name].shape]
     if not heads:
         raise PackageError(f"{config.name} has no head that depends on the number of classes")
-    name = heads[-1]
-    axis = next(i for i, (a, b) in enumerate(zip(first[name].shape, second[name].shape, strict=True)) if a != b)
     if match == "name":
-        source = statedict.align_prefix(found, first)[0].get(name)
+        sources = statedict.align_prefix(found, first)[0]
     else:
-        index, theirs = statedict.without_counters(first).index(name), statedict.without_counters(found)
-        source = found[theirs[index]] if index < len(theirs) else None
-    # Where there is no such tensor, the matching that follows says what is wrong.
-    return int(source.shape[axis]) if source is not None and source.ndim == first[name].ndim else 2
+        pairs = zip(statedict.without_counters(first), statedict.without_counters(found), strict=False)
+        sources = {name: found[theirs] for name, theirs in pairs}
+    for name in heads:
+        sizes = zip(first[name].shape, second[name].shape, strict=True)
+        axis = next(index for index, (one, other) in enumerate(sizes) if one != other)
+        if name in sources and sources[name].ndim == first[name].ndim:
+            return int(sources[name].shape[axis])
+    return 2  # no head in the file: the matching that follows says what is wrong
 
 
 def _spec(config: ModelConfig, preprocess: Preprocess, *, num_classes: int) -> ModelSpec:
