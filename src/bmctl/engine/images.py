@@ -107,7 +107,7 @@ def resize(images: Sequence[np.ndarray] | np.ndarray, spec: Preprocess) -> np.nd
         if block.shape[1:3] == tuple(spec.size) and spec.crop in (None, 1.0):
             return block
         images = block
-    elif len(images) == 0:
+    if len(images) == 0:
         return np.empty((0, *spec.size, spec.channels), np.uint8)
     resized = [_resize_one(image, spec) for image in images]
     if len({image.shape for image in resized}) > 1:  # grey among colour

@@ -1,0 +1,75 @@
+"""What every source has to hold, over the whole table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bmctl.errors import DependencyError
+from bmctl.schema import Strict
+from bmctl.sources import SOURCES, digits
+
+from .conftest import SaveImages
+from .test_idx import write
+
+
+@pytest.fixture
+def configs(tmp_path: Path, save_images: SaveImages) -> dict[str, Strict]:
+    paths = [path for name in ("a", "b") for path in save_images(tmp_path / "data" / name, 12)]
+    lines = [f"{path},{path.parent.name}" for path in paths]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *lines]))
+    for prefix in ("train", "t10k"):
+        write(tmp_path / f"{prefix}-images-idx3-ubyte", np.random.default_rng(0).integers(0, 256, (30, 5, 5), np.uint8))
+        write(tmp_path / f"{prefix}-labels-idx1-ubyte", np.arange(30, dtype=np.uint8) % 3)
+    fields = {
+        "folder": {"root": str(tmp_path / "data")},
+        "csv": {"path": str(tmp_path / "list.csv")},
+        "idx": {"root": str(tmp_path)},
+    }
+    return {
+        kind: source.Config.model_validate({"kind": kind, **fields.get(kind, {})}) for kind, source in SOURCES.items()
+    }
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_samples_are_the_same_every_time_and_fit_together(configs: dict[str, Strict], kind: str) -> None:
+    seen = set()
+    for split in ("train", "val", "test"):
+        samples = SOURCES[kind].open(configs[kind], split=split)
+        again = SOURCES[kind].open(configs[kind], split=split)
+        assert samples.fingerprint == again.fingerprint
+        assert samples.labels.dtype == np.int64
+        assert set(samples.labels) <= set(range(len(samples.class_names)))
+        assert len(samples.labels) > 0
+        last = len(samples.labels) - 1
+        images = samples.read([last, 0, last])
+        assert all(image.dtype == np.uint8 and image.ndim in (2, 3) for image in images)
+        assert np.array_equal(images[0], images[2])
+        assert np.array_equal(images[0], samples.read([last])[0])
+        seen.add(samples.fingerprint)
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_its_config_names_it(kind: str) -> None:
+    assert SOURCES[kind].Config.model_fields["kind"].default == kind
+
+
+def test_digits_are_about_1800_in_known_shares() -> None:
+    sizes = [len(digits.open(digits.Config(), split=split).labels) for split in ("train", "val", "test")]
+    assert sum(sizes) == 1797
+    assert 0.68 < sizes[0] / 1797 < 0.72
+    assert digits.open(digits.Config(), split="test").images.max() == 255
+
+
+def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+    digits._load.cache_clear()
+    try:
+        with pytest.raises(DependencyError) as caught:
+            digits.open(digits.Config(), split="train")
+        assert caught.value.hint == "pip install 'bmctl[sklearn]'"
+    finally:
+        digits._load.cache_clear()
