@@ -112,6 +112,24 @@ def test_nothing_is_there_until_the_block_ends(tmp_path: Path) -> None:
     assert target.is_dir()
 
 
+def test_every_file_and_directory_is_synced_before_its_name_is_public(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "t"
+    before, after = set(), set()
+
+    def record(handle: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))  # noqa: PTH115
+        (after if target.exists() else before).add(str(path.relative_to(tmp_path)).partition("/")[2] or path.name)
+
+    monkeypatch.setattr(os, "fsync", record)
+    put(target, "one")
+    whole = {"a.bin", "deep", "deep/b.txt", "manifest.json"}
+    assert whole < before
+    assert len(before - whole) == 1  # the temporary directory itself
+    assert after == {tmp_path.name}
+
+
 def test_existing_target_is_refused_and_kept(tmp_path: Path) -> None:
     target = tmp_path / "t"
     put(target, "one")
