@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from bmctl.backends import onnxruntime
 from bmctl.engine import measure
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluate import eager_part, evaluate_part, keep_evaluation, runner_part
+from bmctl.engine.reference import open_graph
 from bmctl.engine.stats import mean_interval
 from bmctl.package import ModelPackage
 from bmctl.schema import Preprocess
@@ -51,7 +51,7 @@ def score_module(context: StageContext, model: nn.Module, *, preprocess: Preproc
 
 def score_graph(context: StageContext, graph: Path, *, preprocess: Preprocess) -> Evaluation:
     """The task's metric on validation, on ONNX Runtime."""
-    with onnxruntime.open(graph, config=onnxruntime.Config()) as runner:
+    with open_graph(graph) as runner:
         return evaluate_part(context, runner_part(runner), split="val", preprocess=preprocess, backend="onnxruntime")
 
 
@@ -104,10 +104,7 @@ def graph_numbers(graph: Path, *, before: Path | None, example: torch.Tensor) ->
 @contextmanager
 def _opened(paths: Mapping[str, Path]) -> Iterator[dict[str, Part]]:
     with ExitStack() as stack:
-        yield {
-            name: runner_part(stack.enter_context(onnxruntime.open(path, config=onnxruntime.Config())))
-            for name, path in paths.items()
-        }
+        yield {name: runner_part(stack.enter_context(open_graph(path))) for name, path in paths.items()}
 
 
 def _batch(example: torch.Tensor) -> torch.Tensor:

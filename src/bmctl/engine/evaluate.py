@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from bmctl import store
-from bmctl.backends import Runner, onnxruntime
+from bmctl.backends import Runner
 from bmctl.engine import scores
 from bmctl.engine.context import StageContext
 from bmctl.engine.data import Split, array_batches, open_split
@@ -142,7 +142,9 @@ def evaluate_artifact(context: StageContext, source: Path, *, split: str) -> Eva
     if not package.manifest.frozen:
         part = eager_part(load_model(package), context.group.device)
         return evaluate_part(context, part, preprocess=preprocess, **options)
-    with onnxruntime.open(package.graph, config=onnxruntime.Config()) as runner:
+    from bmctl.engine.reference import open_graph
+
+    with open_graph(package.graph) as runner:
         return evaluate_part(context, runner_part(runner), preprocess=preprocess, **options)
 
 
