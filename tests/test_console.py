@@ -127,6 +127,18 @@ def test_data_goes_to_stdout_and_nothing_else_does(tmp_path: Path) -> None:
     assert "Ankle boot" not in shown
 
 
+def test_what_others_print_under_a_bar_keeps_its_stream(tmp_path: Path) -> None:
+    code = """
+from bmctl.console import Console
+with Console() as console:
+    console.emit({"event": "progress", "text": "evaluating", "done": 1, "total": 9})
+    print("from a library")
+"""
+    with (tmp_path / "out").open("wb") as out:
+        assert on_terminal(code, stdout=out)[0] == 0
+    assert (tmp_path / "out").read_text() == "from a library\n"
+
+
 def piped(code: str, shell: str = "", **env: str) -> subprocess.CompletedProcess[str]:
     command = f'"{sys.executable}" -c "$CODE" {shell}'
     return subprocess.run(

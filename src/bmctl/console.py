@@ -73,12 +73,8 @@ class Stream:
             try:
                 self.stream.write(wording.to_ascii(text) if self.ascii else text)
                 self.stream.flush()
-            except BrokenPipeError:
-                self.gone = True
-                with suppress(OSError, ValueError):  # Python flushes at exit once more: let that succeed
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             except (OSError, ValueError):
-                self.gone = True  # closed or full; for stdout `main` turns this into an exit code
+                self.gone = True  # nobody reads, closed, or full: for stdout `main` says which by its exit code
         return len(text)
 
     def flush(self) -> None:

@@ -85,6 +85,13 @@ def test_a_paired_difference_of_equal_scores_still_has_a_width() -> None:
     assert paired_interval(scores, scores) == pytest.approx((-1.96 / 500, 1.96 / 500), abs=1e-5)
 
 
+def test_a_large_paired_difference_is_as_computed_by_hand() -> None:
+    """100 samples, 40 gained and 10 lost: 30/102 -+ 1.96 sqrt(51 - 30^2/102) / 102."""
+    first = np.array([1] * 40 + [0] * 10 + [1] * 50)
+    second = np.array([0] * 40 + [1] * 10 + [1] * 50)
+    assert paired_interval(first, second) == pytest.approx((0.16933, 0.41891), abs=2e-5)
+
+
 def test_a_paired_difference_is_first_minus_second() -> None:
     first, second = np.array([1, 1, 1, 1, 0] * 40), np.array([1, 0, 0, 1, 0] * 40)
     low, high = paired_interval(first, second)
