@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 from safetensors import SafetensorError
@@ -17,17 +17,14 @@ from safetensors.numpy import load_file
 
 from bmctl import store
 from bmctl.backends import BACKENDS, Runner, check_feed
-from bmctl.engine import measure, parity
+from bmctl.engine import measure, onnxfile, parity
+from bmctl.engine.deployed import SAMPLE, Deployed, open_deployed, open_runner
 from bmctl.errors import DataError, DependencyError, PackageError, ResourceError, UnsupportedError, UsageError
 from bmctl.package import ModelPackage, find_package, load_model
 from bmctl.schema import Preprocess
 
-if TYPE_CHECKING:
-    from bmctl.engine.export import Deployed
-
 ROUNDS = 5
 EAGER = "eager"
-SAMPLE = "sample.safetensors"
 MAX_PEEK_BYTES = 16 * 2**20
 
 
@@ -146,8 +143,6 @@ def batch_bounds(runner: Runner) -> tuple[int, int | None]:
 
 
 def _find_deployed(run: Path) -> list[Deployed]:
-    from bmctl.engine.export import open_deployed
-
     folder = run / "deploy"
     found = sorted(path for path in folder.iterdir() if _kind(path) == "deployed") if folder.is_dir() else []
     return [open_deployed(path) for path in found]
@@ -161,7 +156,7 @@ def _fastest(package: ModelPackage, deployed: Sequence[Deployed], *, batch_size:
             try:
                 if one.manifest.package != package.hash:
                     raise PackageError(f"not built from the newest package, {package.path.name}")
-                runner = stack.enter_context(_open_here(one))
+                runner = stack.enter_context(_open(one))
                 calls[one.path.name] = (runner, _check_sample(one, runner, batch_size=batch_size))
             except (DependencyError, PackageError, ResourceError, UnsupportedError) as error:
                 reasons.append(f"{one.path.name}: {error.message}")
@@ -178,43 +173,41 @@ def _fastest(package: ModelPackage, deployed: Sequence[Deployed], *, batch_size:
 
 def _check_sample(one: Deployed, runner: Runner, *, batch_size: int) -> dict[str, np.ndarray]:
     """Compare the runner with the artifact's recorded sample; returns a batch of `batch_size` made of it."""
+    source, target = runner.inputs[0].name, runner.outputs[0].name
     try:
         sample = load_file(one.path / SAMPLE)
-        reference = sample["output"]
-        got = run_batch(runner, {runner.inputs[0].name: sample["input"]})
-    except (KeyError, ValueError, SafetensorError) as error:
-        raise PackageError(f"its {SAMPLE} does not hold an input and an output: {error}") from error
+        got = run_batch(runner, {source: sample[source]})
+        result = _compare(one, sample[target], got)
+    except (KeyError, ValueError, OSError, SafetensorError) as error:
+        raise PackageError(f"its {SAMPLE} does not hold its inputs and outputs: {error}") from error
     except DataError as error:
         raise PackageError(f"does not take its own sample: {error.message}") from error
-    result = parity.compare(
-        reference,
-        got,
-        tolerance=parity.TOLERANCE[one.manifest.precision],
-        min_agreement=parity.AGREEMENT[one.manifest.precision],
-        source="its recorded sample",
-    )
     if not result.passed:
         raise PackageError(f"wrong on this machine: {result}")
-    return {runner.inputs[0].name: np.resize(sample["input"], (batch_size, *sample["input"].shape[1:]))}
+    return {source: np.resize(sample[source], (batch_size, *sample[source].shape[1:]))}
 
 
-def _open_here(one: Deployed) -> Runner:
-    """Open an artifact that this machine can run.
+def _compare(one: Deployed, reference: np.ndarray, got: np.ndarray) -> parity.Parity:
+    """By the measure that it was proven with; one that never ran yet, by the precision of its graph."""
+    manifest = one.manifest
+    if manifest.parity is not None:
+        limits = manifest.parity.tolerance, manifest.parity.min_agreement
+    else:
+        rounded = "fp16" if manifest.precision == "fp32" and manifest.config.get("tf32") else manifest.precision
+        limits = parity.TOLERANCE[rounded], parity.AGREEMENT[rounded]
+    tolerance, min_agreement = limits
+    return parity.compare(reference, got, tolerance=tolerance, min_agreement=min_agreement, source="its sample")
 
-    Raises:
-        DependencyError: It cannot.
-    """
-    from bmctl.engine.export import open_runner
 
-    module = BACKENDS[one.manifest.backend]
-    if reason := module.unavailable(module.Config.model_validate(one.manifest.config)):
-        raise DependencyError(reason, hint="bmctl infer RUN --backend auto takes what runs here")
+def _open(one: Deployed) -> Runner:
+    if one.artifact.suffix == ".onnx":
+        onnxfile.check_onnx(one.artifact)  # its hash says that it is what the manifest names, not who wrote both
     return open_runner(one)
 
 
 def _serve(one: Deployed, *, why: str) -> Chosen:
     manifest = one.manifest
-    return Chosen(_open_here(one), manifest.backend, why, manifest.preprocess, tuple(manifest.class_names))
+    return Chosen(_open(one), manifest.backend, why, manifest.preprocess, tuple(manifest.class_names))
 
 
 # -- single sources ---------------------------------------------------------------------------------
@@ -234,8 +227,6 @@ def _kind(folder: Path) -> str:
 
 
 def _open_artifact(home: Path, *, file: Path | None, backend: str) -> Chosen:
-    from bmctl.engine.export import open_deployed
-
     one = open_deployed(home)
     if file is not None and file.name != one.manifest.artifact:
         raise PackageError(f"{file} is not what {home / store.MANIFEST} speaks of: {one.manifest.artifact}")
@@ -262,9 +253,6 @@ def _open_package(package: ModelPackage, *, file: Path | None = None, backend: s
 
 def _open_bare(path: Path, *, backend: str) -> Chosen:
     """An .onnx file of which nothing else is known."""
-    from bmctl.engine.onnxfile import check_onnx
-
-    check_onnx(path)
     name = "onnxruntime" if backend == "auto" else backend
     if name not in ("onnxruntime", "openvino"):
         raise UsageError(f"an .onnx file does not run on {name}", hint=f"bmctl import {path} -o RUN; bmctl export RUN")
@@ -272,6 +260,7 @@ def _open_bare(path: Path, *, backend: str) -> Chosen:
 
 
 def _open_graph(path: Path, *, backend: str = "onnxruntime") -> Runner:
+    onnxfile.check_onnx(path)
     module = BACKENDS[backend]
     runner: Runner = module.open(path, config=module.Config())
     return runner
