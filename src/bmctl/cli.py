@@ -18,10 +18,27 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="From a PyTorch model and a data set to a small, fast, proven artifact: one recipe, the whole way.",
 )
 recipes_app = typer.Typer(no_args_is_help=True, help="List, show and copy the built-in recipes.")
 app.add_typer(recipes_app, name="recipes", rich_help_panel="Set up")
+
+
+def tell_version(wanted: bool) -> None:
+    if wanted:
+        from bmctl import __version__
+
+        typer.echo(f"bmctl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def bmctl(
+    version: Annotated[
+        bool, typer.Option("--version", callback=tell_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """From a PyTorch model and a data set to a small, fast, proven artifact: one recipe, the whole way."""
+
 
 Flags = Mapping[str, Any]
 WHOLE, STAGES, PACKAGES, SET_UP = "The whole way", "Stages", "Packages", "Set up"
