@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from torch import nn
 
+from bmctl.backends import onnxruntime
 from bmctl.engine import parity
 from bmctl.engine.quiet import listening
-from bmctl.errors import GateError, UnsupportedError
+from bmctl.errors import BmctlError, GateError, UnsupportedError
 
 OPSET = 18
 """The exporter's own opset: nothing has to be converted, and every runtime and NNCF take it."""
@@ -177,17 +177,11 @@ def _check_batches(path: Path, references: list[tuple[np.ndarray, np.ndarray]], 
     """Run the file on ONNX Runtime on every reference; move it to `.rejected` when one does not agree."""
     trouble = ""
     try:
-        session = onnxruntime.InferenceSession(path, _session_options(), providers=["CPUExecutionProvider"])
-        for x, y in references:
-            got = session.run(None, {input_name: x})[0]
-            result = parity.compare(y, got, tolerance=TOLERANCE, min_agreement=1.0, source="eager")
-            if not result.passed:
-                trouble = f"at batch {len(x)} it differs from the model: {result}"
-                if y.shape != got.shape:
-                    trouble = f"at batch {len(x)} it gives the shape {list(got.shape)}, the model {list(y.shape)}"
-                break
-    except RuntimeError as error:  # onnxruntime's exceptions are RuntimeErrors, one class per status
-        trouble = f"ONNX Runtime cannot run it: {_first_line(error)}"
+        with onnxruntime.open(path, config=onnxruntime.Config(threads=torch.get_num_threads(), device="cpu")) as runner:
+            for x, y in references:
+                trouble = trouble or _compare(y, runner.run({input_name: x})[runner.outputs[0].name])
+    except BmctlError as error:
+        trouble = error.message.replace(str(path), "it")
     if trouble:
         rejected = out.with_name(f"{out.name}.rejected")
         path.replace(rejected)
@@ -197,11 +191,12 @@ def _check_batches(path: Path, references: list[tuple[np.ndarray, np.ndarray]], 
         )
 
 
-def _session_options() -> onnxruntime.SessionOptions:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = torch.get_num_threads()
-    return options
+def _compare(y: np.ndarray, got: np.ndarray) -> str:
+    """What is wrong, or the empty string."""
+    if y.shape != got.shape:
+        return f"at batch {len(y)} it gives the shape {list(got.shape)}, the model {list(y.shape)}"
+    result = parity.compare(y, got, tolerance=TOLERANCE, min_agreement=1.0, source="eager")
+    return "" if result.passed else f"at batch {len(y)} it differs from the model: {result}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,14 +6,17 @@ Names: a value `x` of the graph becomes half precision under its own name; where
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, inliner, numpy_helper, version_converter
 
+from bmctl.backends import onnxruntime
 from bmctl.errors import UnsupportedError
 
 FP16_MAX = 65504.0
@@ -264,19 +267,20 @@ def _all_tensors(graph: GraphProto) -> Iterable[TensorProto]:
 
 def ranges(model: ModelProto, feed: dict[str, np.ndarray]) -> dict[str, float]:
     """Largest |value| of every fp32 activation on `feed`, by the name of the node that makes it."""
-    import onnxruntime
-
     probe = ModelProto()
     probe.CopyFrom(onnx.shape_inference.infer_shapes(model))
     makers = {name: node.name or node.op_type for node in probe.graph.node for name in node.output if name}
     shown = {value.name for value in probe.graph.output}
     kinds = {v.name: v for v in probe.graph.value_info if v.type.tensor_type.elem_type == TensorProto.FLOAT}
     probe.graph.output.extend(v for name, v in kinds.items() if name in makers and name not in shown)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    names = [value.name for value in probe.graph.output if value.name in makers]
-    largest = {}
-    for name, array in zip(names, session.run(names, feed), strict=True):
-        largest[makers[name]] = float(np.abs(array).max(initial=0.0)) if array.dtype == np.float32 else 0.0
-    return {name: value if math.isfinite(value) else math.inf for name, value in largest.items()}
+    with tempfile.TemporaryDirectory(prefix="bmctl-") as folder:
+        path = Path(folder) / "probe.onnx"
+        path.write_bytes(probe.SerializeToString())
+        with onnxruntime.open(path, config=onnxruntime.Config(optimization="none", device="cpu")) as runner:
+            arrays = runner.run(feed)
+    found = {
+        makers[name]: float(np.abs(array).max(initial=0.0))
+        for name, array in arrays.items()
+        if name in makers and array.dtype == np.float32
+    }
+    return {name: value if math.isfinite(value) else math.inf for name, value in found.items()}
