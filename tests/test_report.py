@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bmctl import package, report, rows, store
+from bmctl import package, page, report, rows, store
 from bmctl.engine import scores
 from bmctl.engine.stats import paired_interval, ratio_interval
 from bmctl.errors import PackageError
@@ -257,6 +258,20 @@ def test_a_damaged_manifest_is_an_error(whole: Run, name: str, text: str) -> Non
         report.collect(whole.path)
 
 
+def test_a_drop_on_validation_is_marked_beside_those_on_test(run: Run) -> None:
+    train, ptq = run.package("00-train"), run.package("01-ptq")
+    run.evaluation(train, run.hits["train"])
+    for artifact, name in ((train, "train"), (ptq, "ptq")):
+        run.evaluation(artifact, run.hits[name], split="val")
+    text = report.to_markdown(report.collect(run.path))
+    assert re.search(r"\| 01-ptq .*\| 2\.0 \[[\d., -]+\] on val \|", text)
+
+
+@pytest.mark.parametrize(("value", "text"), [(2.72, "2.7x"), (0.3, "0.30x"), (0.023, "0.02x"), (12.0, "12.0x")])
+def test_ratios_below_one_keep_their_digits(value: float, text: str) -> None:
+    assert page.ratio_text(rows.Comparison(value, None, None, "x")) == text
+
+
 # -- its forms --------------------------------------------------------------------------------------
 
 
@@ -285,7 +300,7 @@ def test_json_has_null_for_what_has_no_number(whole: Run) -> None:
 
 
 def test_the_page_says_what_matters(whole: Run) -> None:
-    page = report.to_markdown(gated(whole))
+    text = report.to_markdown(gated(whole))
     for piece in (
         "# fashion\n",
         "accuracy 90.0 % [86.7, 92.6] on 400 test samples; a trivial predictor gets 10.0 %",
@@ -299,7 +314,7 @@ def test_the_page_says_what_matters(whole: Run) -> None:
         "| FAIL | max_drop | openvino | 1.00 points | 2.00 [0.36, 3.62] points |",
         "Latency is of one batch of 64 samples, taken on: processor Xeon",
     ):
-        assert piece in page, piece
+        assert piece in text, piece
 
 
 def test_tables_of_the_page_are_tables(whole: Run) -> None:

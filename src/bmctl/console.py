@@ -73,8 +73,12 @@ class Stream:
             try:
                 self.stream.write(wording.to_ascii(text) if self.ascii else text)
                 self.stream.flush()
+            except BrokenPipeError:
+                self.gone = True  # nobody reads
             except (OSError, ValueError):
-                self.gone = True  # nobody reads, closed, or full: for stdout `main` says which by its exit code
+                self.gone = True  # closed, or full, which a second flush would not say again: `main` finds it closed
+                with suppress(OSError, ValueError):
+                    self.stream.close()
         return len(text)
 
     def flush(self) -> None:
@@ -315,7 +319,7 @@ def _bar(show: Rich) -> Progress:
 
 def _show_wrapped(show: Rich, text: Text, *, indent: int = 2) -> None:
     """Wrapped at words, every line but a long word's indented alike."""
-    show.print(Padding(text, (0, 0, 0, min(indent, show.width // 4))))
+    show.print(Padding(text, (0, 0, 0, min(indent, show.width // 4)), expand=False))
 
 
 def _width(table: page.Table) -> int:

@@ -72,8 +72,10 @@ def drop_text(drop: Comparison | None, *, is_share: bool, interval: bool = True,
 
 
 def ratio_text(ratio: Comparison | None, *, interval: bool = True, digits: int = 1) -> str:
-    """``2.7x [2.5, 2.9]``."""
-    return NOTHING if ratio is None else _with_interval(ratio, 1, digits, "x", interval=interval)
+    """``2.7x [2.5, 2.9]``, and ``0.02x [0.01, 0.03]`` of what became slower."""
+    if ratio is None:
+        return NOTHING
+    return _with_interval(ratio, 1, max(digits, 2) if ratio.value < 1 else digits, "x", interval=interval)
 
 
 def limit_text(name: str, limit: float) -> str:
@@ -117,7 +119,7 @@ def package_table(report: Report, *, detail: int = 2) -> Table:
             size_text(row.size_bytes),
             metric_text(row.val, interval=detail > 1),
             metric_text(row.test, interval=detail > 1),
-            drop_text(row.drop, is_share=share, interval=detail > 0),
+            drop_text(row.drop, is_share=share, interval=detail > 0) + _elsewhere(row, report),
         )
         for row in report.packages
     ]
@@ -156,7 +158,7 @@ def _artifact_cells(row: Row, report: Report, share: bool, detail: int) -> tuple
     return (
         *head,
         metric_text(row.test if _split(report) == "test" else row.val, interval=detail > 1),
-        drop_text(row.drop, is_share=share, interval=detail > 0),
+        drop_text(row.drop, is_share=share, interval=detail > 0) + _elsewhere(row, report),
         latency,
         f"{row.samples_per_s:,.0f}" if row.samples_per_s else NOTHING,
         ratio_text(row.speedup, interval=detail > 1),
@@ -181,6 +183,11 @@ def gate_table(report: Report) -> Table:
 
 def _drop_header(share: bool) -> str:
     return "drop,\npoints" if share else "drop"
+
+
+def _elsewhere(row: Row, report: Report) -> str:
+    """Mark of a drop on another split than the table's, as of a package in between, which never sees test data."""
+    return f" on {row.drop.split}" if row.drop and row.drop.split != _split(report) else ""
 
 
 def _split(report: Report) -> str:
