@@ -182,7 +182,8 @@ def _judge(logs: Logs, failures: dict[int, int], stop: Stop) -> None:
         stop: What this process was told.
     """
     outcome = _read(outcome_path(logs.run))
-    if outcome is not None:
+    # Without a signal from outside, it was the agent that stopped the rest after a failure.
+    if outcome is not None and (stop.requested is not None or outcome["exit_code"] == PreemptedError.exit_code):
         raise error_from_dict(outcome)
     errors = [found for path in sorted(logs.folder.glob("error-rank-*.json")) if (found := _read(path)) is not None]
     errors.sort(key=lambda error: error["time"])
@@ -195,9 +196,9 @@ def _judge(logs: Logs, failures: dict[int, int], stop: Stop) -> None:
         from bmctl.engine.signals import interrupted
 
         raise interrupted(stop.requested, "the workers ended before a checkpoint was published")
-    # Whoever left no record was killed; the others only noticed.
+    # Whoever left no record was killed; the others only noticed, unless one had waited too long before.
     silent = sorted(set(failures) - {error["rank"] for error in errors})
-    if silent:
+    if silent and not (errors and "timed out" in errors[0]["message"].lower()):
         raise _died(silent[0], failures[silent[0]], logs)
     raise _told(errors[0], logs)
 

@@ -31,7 +31,7 @@ def run(setting: Setting, position: Position) -> None:
 
     Raises:
         PreemptedError: A signal came and a checkpoint was published.
-        InterruptedRunError: SIGINT came, or a signal before anything was worth a checkpoint.
+        InterruptedRunError: SIGINT came, and a checkpoint was published.
         DivergedError: The loss is no longer finite.
     """
     while True:
@@ -137,9 +137,7 @@ def _num_batches(setting: Setting, position: Position) -> int:
 
 
 def _stop(setting: Setting, position: Position, signum: int) -> None:
-    """Publish a checkpoint, if there is anything to publish, and end the run."""
-    if position.step == 0:
-        raise interrupted(signum, "stopped before the first step; there was nothing to save")
+    """Publish a checkpoint and end the run."""
     save(setting, position)
     path = checkpoint.path_of(checkpoint.folder_of(setting.context.run, setting.stage), position.step)
     ended = interrupted(signum, f"stopped at step {position.step} of {setting.num_steps}; it is saved in {path}")

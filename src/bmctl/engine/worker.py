@@ -65,19 +65,19 @@ def main(argv: Sequence[str]) -> int:
     rank = int(os.environ["RANK"])
     logs = Logs(Path(job.run))
     _write_to(logs.of_rank(rank))
-    with catch_signals() as stop:
-        store.write_atomic(logs.pid(rank), str(os.getpid()).encode())
-        _end_with(parent=int(os.environ["BMCTL_PARENT"]))
-        try:
+    try:
+        with catch_signals() as stop:
+            store.write_atomic(logs.pid(rank), str(os.getpid()).encode())
+            _end_with(parent=int(os.environ["BMCTL_PARENT"]))
             recipe = load_recipe(Path(job.run) / "recipe.yaml")
             run_job(job, recipe.launch, emit=lambda event: _append(logs.events, event), stop=stop)
-        except (PreemptedError, InterruptedRunError) as stopped:
-            write_outcome(Path(job.run), stopped, rank=rank)
-            return 0
-        except Exception as error:  # noqa: BLE001  (recorded with its traceback, and told by the parent)
-            traceback.print_exc()
-            record_error(logs.error(rank), error, rank=rank)
-            return error.exit_code if isinstance(error, BmctlError) else 10
+    except (PreemptedError, InterruptedRunError) as stopped:
+        write_outcome(Path(job.run), stopped, rank=rank)
+        return 0
+    except Exception as error:  # noqa: BLE001  (recorded with its traceback, and told by the parent)
+        traceback.print_exc()
+        record_error(logs.error(rank), error, rank=rank)
+        return error.exit_code if isinstance(error, BmctlError) else 10
     return 0
 
 
