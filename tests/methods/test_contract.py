@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -40,9 +41,15 @@ SPECS = {
         size=(8, 8),
     ),
 }
-SLOW = {"resnet18", "vit_tiny"}
+
+
+def is_slow(spec: str, chain: tuple[str, ...]) -> bool:
+    """Every chain runs fast on one model with convolutions, residuals and batch statistics."""
+    return spec in ("resnet18", "vit_tiny") or (spec == "mlp" and len(chain) > 1)
+
+
 CASES = [
-    pytest.param(spec, chain, id=f"{spec}-{'-'.join(chain)}", marks=[pytest.mark.slow] if spec in SLOW else [])
+    pytest.param(spec, chain, id=f"{spec}-{'-'.join(chain)}", marks=[pytest.mark.slow] if is_slow(spec, chain) else [])
     for spec in SPECS
     for chain in CHAINS
 ]
@@ -133,4 +140,5 @@ def test_chains(name: str, chain: tuple[str, ...], tmp_path: Path) -> None:
     if set(chain) != {"magnitude"}:
         assert sum(p.numel() for p in model.parameters()) < dense
     export_onnx(model, example=samples(spec, 2, seed=5), out=tmp_path / "model.onnx")
-    assert (tmp_path / "model.onnx").stat().st_size < 4 * dense * 1.2 + 300_000
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert not [tensor.name for tensor in graph.initializer if masks.MASK in tensor.name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,6 +128,22 @@ def test_masks_hold_in_copies_and_replaced_parameters(change: str, context: Meth
     train(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
     for name, pruned in gone.items():
         assert bool((model.get_submodule(name).weight[pruned] == 0).all())
+
+
+def test_masks_hold_under_data_parallelism(context: MethodContext, tmp_path: Path) -> None:
+    model = mlp()
+    magnitude.apply(model, Config(sparsity=0.5), context)
+    gone = zeros(model)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        shared = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        train(shared, torch.optim.AdamW(shared.parameters(), lr=1e-2))
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, pruned in gone.items():
+        weight = model.get_submodule(name).weight
+        assert bool((weight[pruned] == 0).all())
+        assert bool((weight.grad[~pruned] != 0).any())
 
 
 def test_restore_gives_the_same_state_and_goes_on_the_same(context: MethodContext, build) -> None:

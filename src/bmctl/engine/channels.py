@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bmctl.engine.layers import weight_layers
+from bmctl.engine.layers import last_linear, weight_layers
 from bmctl.errors import UnsupportedError
 
 # What torch-pruning raises on models that it cannot follow; it has no exceptions of its own.
@@ -54,15 +54,14 @@ class Group:
         return self.importance.numel()
 
 
-def attentions(model: nn.Module) -> dict[str, Any]:
-    """timm's kind of attention: one `qkv` Linear, `num_heads`, and a `proj` Linear."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "qkv", None), nn.Linear)
-        and isinstance(getattr(module, "proj", None), nn.Linear)
-        and isinstance(getattr(module, "num_heads", None), int)
-    }
+def attentions(model: nn.Module) -> dict[Any, nn.Linear]:
+    """timm's kind of attention (`qkv`, `num_heads`, `proj`), each with the Linear that puts out q, k and v."""
+    found = {}
+    for module in model.modules():
+        qkv, proj = (last_linear(getattr(module, key, None)) for key in ("qkv", "proj"))
+        if qkv is not None and proj is not None and isinstance(getattr(module, "num_heads", None), int):
+            found[module] = qkv
+    return found
 
 
 def output_layers(model: nn.Module, example: torch.Tensor) -> list[nn.Module]:
@@ -129,7 +128,7 @@ def find_groups(model: nn.Module, graph: Any, *, ignored: Sequence[nn.Module], n
 
     measure = torch_pruning.importance.GroupMagnitudeImportance(p=norm, group_reduction="mean", normalizer="mean")
     names = {module: name for name, module in model.named_modules()}
-    heads = {module.qkv: module.num_heads for module in attentions(model).values()}
+    heads = {qkv: module.num_heads for module, qkv in attentions(model).items()}
     groups = []
     for root in graph.get_all_groups(ignored_layers=list(ignored)):
         name = names[root[0].dep.target.module]

@@ -18,6 +18,12 @@ class Factors(nn.Sequential):
     """Two layers in place of one: the first to `rank` channels, the second to all outputs."""
 
 
+def last_linear(module: Any) -> nn.Linear | None:
+    """A Linear itself, the second of two factors, or None."""
+    last = module[-1] if isinstance(module, Factors) else module
+    return last if isinstance(last, nn.Linear) else None
+
+
 def weight_layers(model: nn.Module) -> dict[str, Any]:
     """Every Conv and Linear by name, each weight tensor once, in the model's order."""
     layers: dict[str, Any] = {}

@@ -201,16 +201,15 @@ def _mend(model: nn.Module) -> None:
 
     from bmctl.engine.channels import attentions
 
-    for module in attentions(model).values():
-        attention: Any = module
-        head_dim = attention.qkv.out_features // (3 * attention.num_heads)
+    for attention, qkv in attentions(model).items():
+        head_dim = qkv.out_features // (3 * attention.num_heads)
         old = getattr(attention, "head_dim", head_dim)
         sizes = {"head_dim": head_dim, "attn_dim": attention.num_heads * head_dim, "scale": head_dim**-0.5}
         for key, value in sizes.items():
             if hasattr(attention, key) and getattr(attention, key) != value:
                 setattr(attention, key, value)
         if isinstance(getattr(attention, "q_norm", None), nn.Identity):
-            _rescale_queries(attention.qkv, attention.qkv.out_features // 3, head_dim / old)
+            _rescale_queries(qkv, qkv.out_features // 3, head_dim / old)
     whole: Any = model
     if hasattr(whole, "hidden_dim") and hasattr(whole, "conv_proj"):  # torchvision's VisionTransformer
         whole.hidden_dim = whole.class_token.shape[-1]
