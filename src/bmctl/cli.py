@@ -3,6 +3,7 @@
 Only typer is imported at the top: `bmctl --help` must cost no more than a bare Typer app.
 """
 
+import contextlib
 import functools
 import inspect
 import os
@@ -328,5 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Python flushes stdout once more at exit: point it where that cannot fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError, AttributeError):
-        code = code or 7  # stdout is closed or full, and its data was lost
+        code = code or 7
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr may be closed as well
+            sys.stderr.write("error: stdout is closed or full, what was written to it is lost\n")
     return code
