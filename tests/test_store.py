@@ -278,6 +278,18 @@ def test_an_error_at_any_point_is_told_and_leaves_old_or_new(
     assert names(tmp_path) == ["t"]
 
 
+def test_an_error_in_a_swap_of_two_renames_puts_the_old_state_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "t", "old")
+    monkeypatch.setattr(store, "renameat2", lambda *_, **__: False)
+    monkeypatch.setenv("BMCTL_FAULT", "store:aside=EIO")
+    with pytest.raises(ResourceError, match="input/output"):
+        put(tmp_path / "t", "new", overwrite=True)
+    assert read(tmp_path / "t") == "old"
+    assert names(tmp_path) == ["t"]
+
+
 def test_a_full_disk_is_told_and_the_old_state_stays(small_disk: Path) -> None:
     put(small_disk / "t", "old")
     with pytest.raises(ResourceError, match="disk is full") as caught:
@@ -345,6 +357,15 @@ def dead_pid() -> int:
     return process.pid
 
 
+def test_a_rename_never_replaces_even_an_empty_directory(tmp_path: Path) -> None:
+    """What a plain rename would do, were the directory made after the last look."""
+    (tmp_path / "new").mkdir()
+    (tmp_path / "t").mkdir()
+    with pytest.raises(ResourceError, match="exists"):
+        disk.renameat2(tmp_path / "new", tmp_path / "t", flags=1)
+    assert names(tmp_path) == ["new", "t"]
+
+
 def test_only_the_leftovers_of_the_dead_are_removed(tmp_path: Path) -> None:
     gone = tmp_path / f".t.tmp-{dead_pid()}-0123abcd"
     alive = tmp_path / f".t.tmp-{os.getpid()}-0123abcd"
@@ -357,13 +378,14 @@ def test_only_the_leftovers_of_the_dead_are_removed(tmp_path: Path) -> None:
     assert set(names(tmp_path)) == {alive.name, mine.name, "t"}
 
 
-def test_a_link_named_like_a_leftover_is_left_alone(tmp_path: Path) -> None:
+def test_a_leftover_link_goes_and_what_it_points_to_stays(tmp_path: Path) -> None:
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "file").write_text("x")
     link = tmp_path / f".t.tmp-{dead_pid()}-0123abcd"
     link.symlink_to(tmp_path / "precious")
     disk.remove_leftovers(tmp_path)
     assert (tmp_path / "precious" / "file").read_text() == "x"
+    assert names(tmp_path) == ["precious"]
 
 
 def test_a_directory_still_held_is_no_leftover(tmp_path: Path) -> None:

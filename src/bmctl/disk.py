@@ -85,15 +85,15 @@ def remove_leftovers(directory: Path) -> None:
     """Remove the hidden temporaries of processes that no longer live; put back what a broken swap left aside."""
     for path in directory.glob(".*"):
         found = re.fullmatch(r"\.(.+)\.(tmp|old)-(\d+)-[0-9a-f]{8}", path.name)
-        if not found or _is_alive(int(found[3])) or path.is_symlink() or _is_held(path):
+        if not found or _is_alive(int(found[3])) or _is_held(path):
             continue
         target = directory / found[1]
-        if found[2] == "old" and not target.exists():
-            path.rename(target)
-        elif path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
+        if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)
+        elif found[2] == "old" and not target.exists():
+            path.rename(target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def write_atomic(path: Path, data: bytes) -> None:

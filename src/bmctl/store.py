@@ -237,8 +237,8 @@ def _move_into_place(temporary: Path, target: Path, *, overwrite: bool) -> Path 
         return temporary
     old = hidden_sibling(target, "old")
     target.rename(old)
-    reach("store:aside")
     try:
+        reach("store:aside")
         temporary.rename(target)
     except OSError:
         old.rename(target)
