@@ -28,7 +28,6 @@ from bmctl.errors import BmctlError, InterruptedRunError, RecipeError
 
 if TYPE_CHECKING:
     from bmctl.doctor import Check
-    from bmctl.engine.infer import Prediction
     from bmctl.rows import Report
     from bmctl.tasks import Evaluation
 
@@ -139,12 +138,6 @@ class Console:
             self.data(json.dumps(rows.finite(fields), indent=2))
         elif not self.quiet:
             self.data(page.evaluation_text(metric, split=split, extra=found.extra))
-
-    def predictions(self, predictions: Sequence[Prediction]) -> None:
-        """The first few predictions, on stdout, for reading along."""
-        if not (self.quiet or self.as_json):
-            for line in wording.prediction_lines(predictions):
-                self.data(line)
 
     def report(self, report: Report) -> None:
         """A report as tables, on stdout."""

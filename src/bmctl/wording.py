@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 from bmctl.page import count_text, size_text
 
-if TYPE_CHECKING:
-    from bmctl.engine.infer import Prediction
-
-FEW_PREDICTIONS = 10
 Event = Mapping[str, object]
 
 
@@ -145,16 +140,6 @@ def stage_done_line(event: Event) -> str:
     if (latency := number(found, "latency_ms")) is not None:
         parts.append(f"latency {latency:.2f} ms")
     return ", ".join(part for part in parts if part) or "done"
-
-
-def prediction_lines(predictions: Sequence[Prediction]) -> Iterator[str]:
-    """The first few: input, class, score."""
-    shown = predictions[:FEW_PREDICTIONS]
-    widths = [max((len(getattr(one, key)) for one in shown), default=0) for key in ("input", "class_name")]
-    for one in shown:
-        yield printable(f"{one.input:<{widths[0]}}  {one.class_name:<{widths[1]}}  {one.score * 100:5.1f} %")
-    if len(predictions) > len(shown):
-        yield f"... and {len(predictions) - len(shown):,} more"
 
 
 def artifact_line(event: Event) -> str:
