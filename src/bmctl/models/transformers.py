@@ -49,8 +49,8 @@ def resolve(spec: ModelSpec) -> ModelSpec:
     name = bare_name(spec.name)
     if CONFIG in spec.args or name in names():
         return spec
-    stored = {key: value for key, value in _fetch_json(name, "config.json").items() if _is_plain(key)}
-    stored |= {"model_type": _model_type(name)}
+    raw = _repository_config(name)
+    stored = {key: value for key, value in raw.items() if _is_plain(key)} | {"model_type": raw["model_type"]}
     return spec.model_copy(update={"args": {**spec.args, CONFIG: json.dumps(stored, sort_keys=True)}})
 
 
@@ -64,7 +64,7 @@ def input_defaults(config: ModelConfig) -> InputDefaults:
                 hint="name a repository, such as transformers:google/vit-base-patch16-224",
             )
         return InputDefaults(size=_pair(getattr(_config(name, {}), "image_size", None)))
-    raw = _fetch_json(name, "config.json")
+    raw = _repository_config(name)
     size, channels = _pair(raw.get("image_size")), raw.get("num_channels", 3)
     if not config.pretrained:
         return InputDefaults(size=size, channels=channels)
@@ -143,11 +143,12 @@ def _is_plain(key: str) -> bool:
     return not key.startswith("_") and key not in _RUNTIME | (_OURS - {"num_channels", "image_size"})
 
 
-def _model_type(name: str) -> str:
-    found = str(_fetch_json(name, "config.json").get("model_type"))
-    if found not in names():
+def _repository_config(name: str) -> dict[str, Any]:
+    found = _fetch_json(name, "config.json")
+    if found.get("model_type") not in names():
         raise RecipeError(
-            f"model.name: transformers:{name} is of the type {found!r}, which is no image classifier of transformers",
+            f"model.name: transformers:{name} is of the type {found.get('model_type')!r}, "
+            "which is no image classifier of transformers",
             hint=f"take one of the types {', '.join(names()[:8])}, ...",
         )
     return found

@@ -1,0 +1,380 @@
+"""Which samples form which step, what they look like, and that neither depends on processes or workers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bmctl.engine import data
+from bmctl.engine.leaks import check_leaks
+from bmctl.errors import DataError, RecipeError, ResourceError
+from bmctl.schema import Preprocess
+from bmctl.sections import AugmentConfig, Recipe
+
+PLAIN = Preprocess(size=(28, 28), channels=1, mean=(0.0,), std=(1.0,))
+
+
+def recipe(source: dict[str, Any] | None = None, *, model: dict[str, Any] | None = None, **sections: Any) -> Recipe:
+    """A recipe on digits, which load fast, unless another source is asked for."""
+    return Recipe.model_validate(
+        {
+            "name": "test",
+            "model": model or {"name": "bmctl:rescnn"},
+            "data": {"source": source or {"kind": "digits"}, **sections},
+        }
+    )
+
+
+def split(name: str = "train", *, augment: bool = False, **sections: Any) -> data.Split:
+    return data.open_split(recipe(**sections), name=name, preprocess=data.resolve_preprocess(recipe()), augment=augment)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """30 RGB images of 8x6 in each of two classes."""
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for index in range(30):
+            Image.fromarray(rng.integers(0, 256, (8, 6, 3), np.uint8)).save(tmp_path / name / f"{index:02}.png")
+    return tmp_path
+
+
+# -- choice -----------------------------------------------------------------------------------------
+
+
+def test_a_limit_takes_the_classes_in_equal_numbers() -> None:
+    chosen = split(train={"limit": 25})
+    assert len(chosen) == 25
+    assert set(np.bincount(chosen.labels)) == {2, 3}
+    assert np.array_equal(chosen.indices, split().indices[:25])
+    assert len(set(split().indices)) == len(split().samples.labels)
+
+
+def test_unequal_classes_are_balanced_as_long_as_they_last() -> None:
+    labels = np.array([0] * 50 + [2] * 3 + [1] * 10)
+    order = data.balanced_order(labels)
+    assert sorted(order) == list(range(63))
+    assert np.bincount(labels[order[:9]]).tolist() == [3, 3, 3]
+    assert np.bincount(labels[order[:13]]).tolist() == [5, 5, 3]
+
+
+def test_calibration_is_of_train_or_val_and_unaugmented() -> None:
+    calib = split("calib", calib={"split": "val", "limit": 12}, augment={"flip": True})
+    assert calib.samples.fingerprint == split("val").samples.fingerprint
+    assert len(calib) == 12
+    assert calib.augment is None
+    few = split("calib", train={"limit": 20}, calib={"limit": 300})
+    assert np.array_equal(few.indices, split(train={"limit": 20}).indices)
+
+
+def test_fingerprints_follow_the_choice() -> None:
+    assert split().fingerprint == split().fingerprint
+    assert split().fingerprint != split(train={"limit": 500}).fingerprint
+    assert data.data_fingerprint(recipe()) == data.data_fingerprint(recipe(test={"limit": 3}))
+    assert data.data_fingerprint(recipe()) != data.data_fingerprint(recipe(val={"limit": 3}))
+
+
+def test_a_recipe_without_data_says_so() -> None:
+    with pytest.raises(RecipeError, match="no data section"):
+        data.data_fingerprint(Recipe.model_validate({"name": "x", "model": {"name": "bmctl:mlp"}}))
+
+
+# -- batches ----------------------------------------------------------------------------------------
+
+
+def epoch(chosen: data.Split, **options: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return list(data.train_batches(chosen, **{"seed": 3, "epoch": 1, "batch_size": 60, **options}))
+
+
+def same(first: list, second: list) -> bool:
+    return len(first) == len(second) and all(
+        torch.equal(a, b) for left, right in zip(first, second, strict=True) for a, b in zip(left, right, strict=True)
+    )
+
+
+AUGMENT = {"augment": {"flip": True, "shift": 1}}
+
+
+def augmented() -> data.Split:
+    return data.open_split(recipe(**AUGMENT), name="train", preprocess=data.resolve_preprocess(recipe()), augment=True)
+
+
+def test_every_epoch_is_another_permutation() -> None:
+    orders = [data.sample_order(100, seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(sorted(order) == list(range(100)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+    assert data.sample_order(5, seed=0, epoch=0).tolist() == [2, 4, 1, 0, 3]  # on every machine
+
+
+def test_all_but_an_incomplete_batch_is_seen_once() -> None:
+    chosen = augmented()
+    batches = epoch(chosen)
+    assert len(batches) == len(chosen) // 60
+    assert {len(y) for _, y in batches} == {60}
+    assert batches[0][0].dtype == torch.float32
+    assert batches[0][0].shape == (60, 1, 8, 8)
+    seen = np.bincount(torch.cat([y for _, y in batches]).numpy(), minlength=10)
+    assert (np.bincount(chosen.labels) - seen).sum() == len(chosen) % 60
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_loader_processes_change_nothing(num_workers: int) -> None:
+    assert same(epoch(augmented()), epoch(augmented(), num_workers=num_workers))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_ranks_together_see_what_one_process_sees(world: int) -> None:
+    alone = epoch(augmented())
+    ranks = [epoch(augmented(), rank=rank, world=world) for rank in range(world)]
+    together = [tuple(map(torch.cat, zip(*parts, strict=True))) for parts in zip(*ranks, strict=True)]
+    assert same(alone, together)
+
+
+def test_resuming_in_the_middle_goes_on_as_if_nothing_had_been() -> None:
+    assert same(epoch(augmented())[7:], epoch(augmented(), start_step=7))
+
+
+def test_global_random_state_is_left_alone() -> None:
+    before = torch.get_rng_state()
+    for num_workers in (0, 1):
+        epoch(augmented(), num_workers=num_workers)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_too_few_samples_for_one_step() -> None:
+    with pytest.raises(DataError, match="20 samples, fewer than one step of 60") as caught:
+        epoch(split(train={"limit": 20}))
+    assert caught.value.hint == "--set train.batch_size=10"
+    with pytest.raises(ValueError, match="does not divide"):
+        epoch(split(), world=7)
+
+
+def test_evaluation_takes_all_in_order() -> None:
+    chosen = split("val")
+    batches = list(data.array_batches(chosen, batch_size=50))
+    assert np.array_equal(np.concatenate([y for _, y in batches]), chosen.labels)
+    assert sum(len(x) for x, _ in batches) == len(chosen)
+    assert len(batches[-1][0]) == len(chosen) % 50
+    x, _ = chosen.arrays(np.arange(len(chosen)))
+    assert np.array_equal(np.concatenate([x for x, _ in batches]), x)
+
+
+def test_files_are_evaluated_in_order_too(folder: Path) -> None:
+    source = {"kind": "folder", "root": str(folder), "val": 0.4}
+    preprocess = data.resolve_preprocess(recipe(source))
+    chosen = data.open_split(recipe(source), name="val", preprocess=preprocess)
+    batches = list(data.array_batches(chosen, batch_size=3))
+    assert len(batches) == 8
+    assert np.array_equal(np.concatenate([x for x, _ in batches]), chosen.arrays(np.arange(24))[0])
+    assert next(iter(data.array_batches(chosen, batch_size=3)))[0].shape == (3, 3, 8, 6)  # may be left half-way
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_bad_file_is_named_by_whichever_process_finds_it(folder: Path, num_workers: int) -> None:
+    source = {"kind": "folder", "root": str(folder)}
+    preprocess = data.resolve_preprocess(recipe(source))
+    chosen = data.open_split(recipe(source), name="train", preprocess=preprocess)
+    bad = chosen.samples.paths[0]
+    bad.write_bytes(b"\x89PNG no more")
+    with pytest.raises(DataError) as caught:
+        epoch(chosen, batch_size=4, num_workers=num_workers)
+    assert str(bad) in caught.value.message
+    assert "Traceback" not in caught.value.message
+    assert caught.value.hint
+    with pytest.raises(DataError, match=bad.name):
+        list(data.array_batches(chosen, batch_size=4))
+
+
+class Dying:
+    """Samples whose reader is killed, as by the kernel when memory is short."""
+
+    def __init__(self, samples: Any) -> None:
+        self.labels, self.class_names, self.fingerprint = samples.labels, samples.class_names, samples.fingerprint
+
+    def read(self, indices: Any) -> Any:
+        os.kill(os.getpid(), 9)
+
+
+def test_a_killed_loader_process_is_told() -> None:
+    from dataclasses import replace
+
+    chosen = replace(split(), samples=Dying(split().samples))
+    with pytest.raises(ResourceError, match="a loader process died") as caught:
+        epoch(chosen, num_workers=1)
+    assert "num_workers=0" in caught.value.hint
+
+
+# -- augmentation -----------------------------------------------------------------------------------
+
+
+def run_augment(
+    pixels: np.ndarray, indices: list[int], *, flip: bool = False, shift: int = 0, seed: int = 0, epoch: int = 0
+) -> np.ndarray:
+    config = AugmentConfig(flip=flip, shift=shift)
+    return data.augment(pixels, np.array(indices), config=config, seed=seed, epoch=epoch)
+
+
+def test_what_happens_to_an_image_depends_on_seed_epoch_and_index_alone() -> None:
+    pixels = np.random.default_rng(0).integers(1, 256, (40, 9, 7, 3), np.uint8)
+    whole = run_augment(pixels, list(range(40)), flip=True, shift=2)
+    order = np.random.default_rng(1).permutation(40)
+    assert np.array_equal(run_augment(pixels[order], order.tolist(), flip=True, shift=2), whole[order])
+    assert np.array_equal(run_augment(pixels[7:8], [7], flip=True, shift=2), whole[7:8])
+    for other in ({"seed": 1}, {"epoch": 1}):
+        changed = run_augment(pixels, list(range(40)), flip=True, shift=2, **other)
+        assert (changed != whole).any(axis=(1, 2, 3)).mean() > 0.8
+
+
+def test_half_are_mirrored_and_shifts_are_even() -> None:
+    dot = np.zeros((2000, 11, 11, 1), np.uint8)
+    dot[:, 5, 5] = 255
+    moved = run_augment(dot, list(range(2000)), shift=2)
+    counts = (moved > 0).sum(axis=0)[..., 0]
+    assert counts.sum() == 2000
+    assert (counts[3:8, 3:8] > 40).all()
+    side = np.zeros((2000, 4, 4, 1), np.uint8)
+    side[:, :, 0] = 255
+    mirrored = run_augment(side, list(range(2000)), flip=True)[:, 0, -1, 0] > 0
+    assert 0.45 < mirrored.mean() < 0.55
+
+
+def test_uncovered_edges_are_black_before_normalising() -> None:
+    white = np.full((300, 6, 6, 1), 255, np.uint8)
+    moved = run_augment(white, list(range(300)), shift=2)
+    assert set(np.unique(moved)) == {0, 255}
+    assert moved.reshape(300, -1).min(axis=1).max() == 255  # some are not moved at all
+
+
+def test_only_training_is_augmented() -> None:
+    with_it = recipe(**AUGMENT)
+    preprocess = data.resolve_preprocess(with_it)
+    val = data.open_split(with_it, name="val", preprocess=preprocess)
+    assert np.array_equal(val.arrays([0])[0], split("val").arrays([0])[0])
+    assert data.open_split(recipe(), name="train", preprocess=preprocess, augment=True).augment is None
+
+
+# -- preprocessing ----------------------------------------------------------------------------------
+
+
+def test_the_data_decide_where_nobody_else_does() -> None:
+    chosen = recipe({"kind": "bundled"})
+    found = data.resolve_preprocess(chosen)
+    pixels = data.open_samples(chosen, split="train").images / 255
+    assert found.size == (28, 28)
+    assert found.channels == 1
+    assert found.mean == (round(float(pixels.mean()), 4),)
+    assert found.std == (round(float(pixels.std()), 4),)
+    assert found.crop is None
+
+
+def test_colour_files_have_a_mean_for_each_channel(folder: Path) -> None:
+    source = {"kind": "folder", "root": str(folder)}
+    found = data.resolve_preprocess(recipe(source))
+    samples = data.open_samples(recipe(source), split="train")
+    pixels = np.stack(samples.read(range(len(samples.labels)))) / 255
+    assert found.size == (8, 6)
+    assert found.channels == 3
+    assert found.mean == tuple(round(float(each), 4) for each in pixels.mean(axis=(0, 1, 2)))
+    assert found.std == tuple(round(float(each), 4) for each in pixels.std(axis=(0, 1, 2)))
+    grey = data.resolve_preprocess(recipe(source, preprocess={"channels": 1}))
+    assert len(grey.mean) == 1
+
+
+def test_the_publisher_is_over_the_data_and_the_recipe_over_both() -> None:
+    published = {"name": "torchvision:resnet50", "pretrained": True}
+    found = data.resolve_preprocess(recipe(model=published))
+    assert (found.size, found.channels, found.mean[0], found.crop) == ((224, 224), 3, 0.485, 224 / 232)
+    found = data.resolve_preprocess(
+        recipe(model=published, preprocess={"size": 96, "mean": [0.0, 0.0, 0.0], "crop": 1.0})
+    )
+    assert (found.size, found.mean, found.std[0], found.crop) == ((96, 96), (0.0, 0.0, 0.0), 0.229, 1.0)
+    untrained = data.resolve_preprocess(recipe(model={"name": "torchvision:resnet18"}))
+    assert (untrained.size, untrained.channels, len(set(untrained.mean))) == ((8, 8), 3, 1)
+
+
+def test_contradictions_are_refused(folder: Path) -> None:
+    with pytest.raises(RecipeError, match="1, but the model takes 3"):
+        data.resolve_preprocess(recipe(model={"name": "torchvision:resnet18"}, preprocess={"channels": 1}))
+    with pytest.raises(RecipeError, match=r"data\.preprocess\.mean: 3 values for 1 channels"):
+        data.resolve_preprocess(recipe(preprocess={"mean": [0.5, 0.5, 0.5]}))
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(folder / "a" / "00.png")
+    source = {"kind": "folder", "root": str(folder), "val": 0.01, "test": 0.01}
+    with pytest.raises(DataError, match="size is not given, and the images differ in size") as caught:
+        data.resolve_preprocess(recipe(source))
+    assert caught.value.hint == "--set data.preprocess.size=224"
+    assert data.resolve_preprocess(recipe(source, preprocess={"size": [10, 12]})).size == (10, 12)
+
+
+def test_images_of_one_colour_are_refused(folder: Path) -> None:
+    for path in folder.rglob("*.png"):
+        Image.new("L", (4, 4), 7).save(path)
+    with pytest.raises(DataError, match="all of one colour"):
+        data.resolve_preprocess(recipe({"kind": "folder", "root": str(folder)}))
+
+
+# -- leaks ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["bundled", "digits"])
+def test_own_data_do_not_leak(source: str) -> None:
+    assert check_leaks(recipe({"kind": source})) == ()
+
+
+def split_folders(folder: Path) -> dict[str, Any]:
+    """train 20, val 6, test 4 of each class."""
+    for index, path in enumerate(sorted(folder.rglob("*.png"))):
+        name = "train" if index % 30 < 20 else "val" if index % 30 < 26 else "test"
+        target = folder / name / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    (folder / "a").rmdir()
+    (folder / "b").rmdir()
+    return {"kind": "folder", "root": str(folder)}
+
+
+def test_training_images_in_validation_are_refused(folder: Path) -> None:
+    source = split_folders(folder)
+    assert check_leaks(recipe(source)) == ()
+    for path in (folder / "train" / "a").iterdir():
+        (folder / "val" / "a" / f"copy of {path.name}").write_bytes(path.read_bytes())
+    with pytest.raises(DataError, match="20 of 32 val samples stand in train too"):
+        check_leaks(recipe(source))
+
+
+def test_a_single_twin_among_many_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = split_folders(folder)
+    twin = folder / "val" / "b" / "twin.png"
+    twin.write_bytes((folder / "train" / "a" / "00.png").read_bytes())
+    with pytest.raises(DataError, match="1 of 13"):
+        check_leaks(recipe(source))
+    monkeypatch.setattr("bmctl.engine.leaks.TOLERATED", 0.1)
+    (note,) = check_leaks(recipe(source))
+    assert "1 of 13 val samples stand in train too" in note
+    assert str(twin) in note
+
+
+def test_rows_in_memory_are_compared_as_well(tmp_path: Path) -> None:
+    """IDX files whose test images are training images."""
+    import struct
+
+    images = np.random.default_rng(0).integers(0, 256, (40, 5, 5), np.uint8)
+    for prefix, rows in (("train", images), ("t10k", images[:10])):
+        labels = np.arange(len(rows), dtype=np.uint8) % 2
+        for kind, array in (("images-idx3", rows), ("labels-idx1", labels)):
+            head = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+            (tmp_path / f"{prefix}-{kind}-ubyte").write_bytes(head + array.tobytes())
+    with pytest.raises(DataError, match="test samples stand in train too"):
+        check_leaks(recipe({"kind": "idx", "root": str(tmp_path)}))
+
+
+def test_too_many_files_are_not_compared_in_silence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bmctl.engine.leaks.MAX_FILES", 50)
+    (note,) = check_leaks(recipe({"kind": "folder", "root": str(folder)}))
+    assert "not searched" in note

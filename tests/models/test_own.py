@@ -1,0 +1,68 @@
+"""bmctl's own networks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bmctl import models
+from bmctl.errors import RecipeError
+from bmctl.models import ModelSpec
+
+
+def build(name: str, **args: object) -> torch.nn.Module:
+    fields = {"name": f"bmctl:{name}", "args": args, "num_classes": 10, "channels": 1, "size": (28, 28)}
+    return models.build(ModelSpec.model_validate(fields))
+
+
+def count(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_sizes_are_the_documented_ones() -> None:
+    assert count(build("rescnn")) == 308_074
+    assert count(build("rescnn", width=16)) == 77_754
+    assert count(build("mlp")) == 784 * 512 + 512 + 512 * 256 + 256 + 256 * 10 + 10
+
+
+def test_the_mlp_has_neither_batch_statistics_nor_dropout() -> None:
+    kinds = {type(module) for module in build("mlp").modules()}
+    assert not kinds & {torch.nn.BatchNorm1d, torch.nn.Dropout}
+
+
+@pytest.mark.parametrize("name", ["rescnn", "mlp"])
+def test_a_few_steps_learn(name: str) -> None:
+    torch.manual_seed(0)
+    model = build(name, **({"width": 4} if name == "rescnn" else {"hidden": (32,)}))
+    x, y = torch.randn(20, 1, 28, 28), torch.arange(20) % 10
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert (model(x).argmax(dim=1) == y).float().mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("rescnn", {"width": 0}),
+        ("rescnn", {"width": True}),
+        ("rescnn", {"hidden": (3,)}),
+        ("mlp", {"hidden": (0,)}),
+        ("mlp", {"hidden": "x"}),
+    ],
+)
+def test_bad_arguments_are_refused(name: str, args: dict) -> None:
+    with pytest.raises(RecipeError, match=r"model\.args"):
+        build(name, **args)
+
+
+@pytest.mark.parametrize("name", ["rescnn", "mlp"])
+def test_the_graph_is_exported_with_any_batch(name: str) -> None:
+    """Strict torch.export, the way to ONNX, sees no Python that depends on the data or the batch."""
+    model = build(name).eval()
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    program = torch.export.export(model, (torch.zeros(2, 1, 28, 28),), dynamic_shapes=({0: batch},))
+    x = torch.randn(5, 1, 28, 28)
+    torch.testing.assert_close(program.module()(x), model(x))
