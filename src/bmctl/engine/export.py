@@ -27,7 +27,7 @@ from bmctl.engine.evaluate import eager_part, runner_part
 from bmctl.engine.graph import export_onnx
 from bmctl.engine.reference import open_reference
 from bmctl.engine.signals import interrupted
-from bmctl.errors import GateError, UnsupportedError, UsageError
+from bmctl.errors import GateError, ResourceError, UnsupportedError, UsageError
 from bmctl.package import ModelPackage, load_model
 from bmctl.schema import TensorSpec
 
@@ -93,24 +93,32 @@ def export_package(
     if todo:
         folder = Path(tempfile.mkdtemp(prefix=".graph-", dir=into))
         try:
+            _check_stop(context)
             source = _source(context, package, folder)
             for config in todo:
-                if context.stop.requested is not None:
-                    raise interrupted(context.stop.requested, "stopped during export; run the same command again")
+                _check_stop(context)
                 found[config.name] = _deploy(context, package, source, config=config, target=into / config.name)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return [one for one in found.values() if one is not None]
 
 
+def _check_stop(context: StageContext) -> None:
+    if context.stop.requested is not None:
+        raise interrupted(context.stop.requested, "stopped during export; run the same command again")
+
+
 def _finished(context: StageContext, package: ModelPackage, config: Any, target: Path) -> Deployed | None:
-    """The artifact of an earlier call with the same inputs; one that could not be run then and can now is not done."""
+    """The artifact of an earlier call with the same inputs; not one that can only be proven now."""
     if context.overwrite or not target.exists():
         return None
     one = open_deployed(target)
-    same = one.manifest.package == package.hash and one.manifest.config == config.model_dump(mode="json")
-    if not same or one.manifest.batch != context.recipe.export.batch:
-        return None
+    found = (one.manifest.package, one.manifest.config, one.manifest.batch)
+    if found != (package.hash, config.model_dump(mode="json"), context.recipe.export.batch):
+        raise ResourceError(
+            f"{target} is there, built from another package or with other settings; nothing finished is overwritten",
+            hint="add --overwrite to redo it",
+        )
     is_provable = one.manifest.status == "built, not run" and not BACKENDS[config.name].unavailable(config)
     return None if is_provable else one
 
