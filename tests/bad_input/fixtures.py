@@ -1,17 +1,26 @@
-"""What rows of cases.yaml start from. Each function makes files in `work`; what is slow is made once, in `cache`."""
+"""What rows of cases.yaml start from. Each function makes files in `work`; what is slow is made once, in `cache`.
+
+What a function returns is kept until the row is done.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import json
 import shutil
 import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
+import onnx
+from onnx import helper, numpy_helper
 from PIL import Image
+from safetensors.numpy import load_file, save
 
 from bmctl.cli import main
 
@@ -142,28 +151,119 @@ def copy(made: Path, work: Path) -> None:
     shutil.copytree(made, work, dirs_exist_ok=True, symlinks=True)
 
 
+def frozen(work: Path, *, cache: Path) -> None:
+    """A run, ice/, with one frozen package, made of a foreign ONNX file."""
+    made = cache / "frozen"
+    if not made.is_dir():
+        made.mkdir()
+        write_onnx(made / "m.onnx")
+        run_in(made, "import", "m.onnx", "-o", "ice")
+    copy(made, work)
+
+
+PACKAGE = Path("run/packages/00-train")
+
+
+def rewrite(work: Path, *, weights: bytes | None = None, **fields: Any) -> None:
+    """Change a package as somebody would who also mends the manifest's sizes and hashes."""
+    manifest = json.loads((work / PACKAGE / "manifest.json").read_text())
+    if weights is not None:
+        (work / PACKAGE / "weights.safetensors").write_bytes(weights)
+        record = {"size_bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}
+        manifest["files"]["weights.safetensors"] = record
+    (work / PACKAGE / "manifest.json").write_text(json.dumps({**manifest, **fields}))
+
+
 def future_manifest(work: Path, *, cache: Path) -> None:
-    edit_manifest(work, format=99)
+    rewrite(work, format=99)
 
 
 def manifest_of_another_model(work: Path, *, cache: Path) -> None:
-    path = work / "run/packages/00-train/manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["model"]["args"]["hidden"] = [9]
-    path.write_text(json.dumps(manifest))
+    rewrite(work, model=model_of(work, hidden=[9]))
 
 
-def edit_manifest(work: Path, **fields: object) -> None:
-    path = work / "run/packages/00-train/manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+def manifest_of_an_unknown_model(work: Path, *, cache: Path) -> None:
+    rewrite(work, model={**model_of(work), "name": "os:system"})
 
 
-def pickle_as_pt(work: Path, *, cache: Path) -> None:
-    """A state dict that would run a command when unpickled."""
-    # protocol 0: import os.system, call it with a string
-    payload = b"cposix\nsystem\n(S'touch pwned'\ntR."
-    (work / "evil.pt").write_bytes(payload)
-    (work / "evil.safetensors").write_bytes(payload)
-    target = work / "run/packages/00-train/weights.safetensors"
-    if target.exists():
-        target.write_bytes(payload)
+def model_of(work: Path, **args: Any) -> dict[str, Any]:
+    model = json.loads((work / PACKAGE / "manifest.json").read_text())["model"]
+    return {**model, "args": {**model["args"], **args}}
+
+
+def weights_of(work: Path, change: Callable[[np.ndarray], np.ndarray]) -> bytes:
+    tensors = load_file(work / PACKAGE / "weights.safetensors")
+    return save({name: change(tensor) for name, tensor in tensors.items()})
+
+
+def nan_weights(work: Path, *, cache: Path) -> None:
+    rewrite(work, weights=weights_of(work, lambda tensor: np.full_like(tensor, np.nan)))
+
+
+def half_weights(work: Path, *, cache: Path) -> None:
+    rewrite(work, weights=weights_of(work, lambda tensor: tensor.astype(np.float16)))
+
+
+EVIL = b"cposix\nsystem\n(S'touch pwned'\ntR."
+"""A pickle that runs a command when it is read."""
+
+
+def evil(work: Path, *, cache: Path) -> None:
+    (work / "evil.pt").write_bytes(EVIL)
+    (work / "evil.safetensors").write_bytes(EVIL)
+
+
+def evil_package(work: Path, *, cache: Path) -> None:
+    rewrite(work, weights=EVIL)
+
+
+def write_onnx(path: Path, *, location: str = "") -> None:
+    """x [N, 4] times a matrix, whose values stand in an external file if `location` names one."""
+    weights = numpy_helper.from_array(np.eye(4, dtype=np.float32), "w")
+    if location:
+        weights.ClearField("raw_data")
+        weights.data_location = onnx.TensorProto.EXTERNAL
+        weights.external_data.add(key="location", value=location)
+        weights.external_data.add(key="offset", value="0")
+        weights.external_data.add(key="length", value="64")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 4])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 4])],
+        [weights],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    path.write_bytes(model.SerializeToString())
+
+
+def onnx_with_data_at(location: str) -> Callable[..., None]:
+    """A fixture that writes m.onnx with its weights elsewhere."""
+
+    def write(work: Path, *, cache: Path) -> None:
+        write_onnx(work / "m.onnx", location=location)
+
+    return write
+
+
+onnx_escaping = onnx_with_data_at("../home/secret.bin")
+onnx_absolute = onnx_with_data_at("/etc/passwd")
+onnx_beside = onnx_with_data_at("w.bin")
+
+
+def requests(work: Path, *, cache: Path) -> None:
+    """Arrays that do not fit the trained model, which takes x [N, 1, 8, 8]."""
+    good = np.zeros((2, 1, 8, 8), np.float32)
+    np.savez(work / "name.npz", pictures=good)
+    np.savez(work / "shape.npz", input=np.zeros((2, 1, 9, 9), np.float32))
+    np.savez(work / "dtype.npz", input=np.array(["a", "b"]))
+    np.savez(work / "nan.npz", input=np.full_like(good, np.nan))
+    np.savez(work / "none.npz", input=good[:0])
+    np.savez(work / "object.npz", input=np.array([{"a": 1}], dtype=object), allow_pickle=True)
+
+
+def locked(work: Path, *, cache: Path) -> IO[str]:
+    """run/ is being written to, for as long as the returned file is open."""
+    file = (work / "run/.lock").open("w")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    return file

@@ -143,8 +143,7 @@ def test_case(
     work = tmp_path / "work"
     for folder in (work, tmp_path / "home", tmp_path / "tmp"):
         folder.mkdir()
-    for name in case.fixture:
-        getattr(fixtures, name)(work, cache=cache)
+    held = [getattr(fixtures, name)(work, cache=cache) for name in case.fixture]
     for name, file in case.files.items():
         make(work / name, file if isinstance(file, File) else File(text=file))
     before = snapshot(tmp_path)
@@ -153,6 +152,7 @@ def test_case(
     outcome = run(case, tmp_path, monkeypatch=monkeypatch, capfd=capfd)
     check(case, outcome)
     check_untouched(case, before=before, after=snapshot(tmp_path))
+    del held
 
 
 def run_process(
