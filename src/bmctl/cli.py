@@ -47,6 +47,7 @@ WHOLE, STAGES, PACKAGES, SET_UP = "The whole way", "Stages", "Packages", "Set up
 Source = Annotated[
     str | None, typer.Argument(metavar="[PACKAGE|RUN|ONNX]", help="What to start from; else the newest run.")
 ]
+Trained = Annotated[str | None, typer.Argument(metavar="[PACKAGE|RUN]", help="A package to train further.")]
 Method = Annotated[str | None, typer.Option("--method", help="Which method; its knobs are given by --set KNOB=VALUE.")]
 
 
@@ -108,22 +109,23 @@ def run(
 
 
 @command(STAGES)
-def train(flags: Flags) -> int:
-    """Train the recipe's model; the result is a package."""
+def train(flags: Flags, source: Trained = None) -> int:
+    """Train the recipe's model, or a package further; the result is a package."""
     from bmctl import pipeline
 
-    return pipeline.train(pipeline.Options(**flags))
+    return pipeline.train(pipeline.Options(**flags), source=source)
 
 
 @command(STAGES)
 def distribute(
     flags: Flags,
+    source: Trained = None,
     nproc: Annotated[int | None, typer.Option("--nproc", help="Processes on this machine.")] = None,
 ) -> int:
     """Train with several processes: torchrun, run for you."""
     from bmctl import pipeline
 
-    return pipeline.train(pipeline.Options(**flags), nproc=nproc)
+    return pipeline.train(pipeline.Options(**flags), source=source, nproc=nproc)
 
 
 @command(STAGES)

@@ -21,12 +21,14 @@ class Job(Strict):
         run: The run's directory, which holds the resolved recipe.
         resume: Go on from the newest checkpoint.
         overwrite: Do a finished stage again.
+        start: The package of the run to train further; None trains the recipe's model as the run's first package.
     """
 
     run: str
     stage: Literal["train"] = "train"
     resume: bool = False
     overwrite: bool = False
+    start: str | None = None
 
 
 @dataclass(frozen=True)

@@ -288,8 +288,8 @@ def derive(
     *,
     stage: str,
     key: str,
-    structure: Structure,
     metrics: Mapping[str, Any],
+    structure: Structure | None = None,
     calibration: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
 ) -> Manifest:
@@ -302,7 +302,7 @@ def derive(
             "key": key,
             "parent": parent.hash,
             "original": old.original or parent.hash,
-            "history": (*old.history, structure),
+            "history": (*old.history, structure) if structure else old.history,
             "metrics": dict(metrics),
             "calibration": dict(calibration) if calibration is not None else None,
             "notes": tuple(notes),

@@ -42,10 +42,9 @@ def run(options: Options, *, first: str, last: str) -> int:
     with opened(options, target) as session:
         if options.overwrite:
             clear(session.run, keep=0 if first == "train" else 1)
-        if "train" in chosen:
-            _first_package(session)
-        if "compress" in chosen:
-            _compress(session, start=_first_package(session))
+        start = _first_package(session) if {"train", "compress"} & set(chosen) else None
+        if "compress" in chosen and start is not None:
+            _compress(session, start=start)
         if "export" in chosen:
             _export(session)
         if "infer" in chosen and recipe.infer:
@@ -53,17 +52,21 @@ def run(options: Options, *, first: str, last: str) -> int:
         return _finish(session)
 
 
-def train(options: Options, *, nproc: int | None = None) -> int:
-    """Train; with several processes where the recipe or `nproc` says so."""
-    target = find_target(options, extra=[f"launch.nproc={nproc}"] if nproc is not None else [])
+def train(options: Options, *, source: str | None = None, nproc: int | None = None) -> int:
+    """Train, or train a package further; with several processes where the recipe or `nproc` says so."""
+    target = find_target(options, source, extra=[f"launch.nproc={nproc}"] if nproc is not None else [])
     if target.recipe.train is None:
         raise RecipeError(f"recipe {target.recipe.name!r} has no train section", hint="add one: train: {epochs: 10}")
     if options.dry_run:
         return _plan(options, target, stages=("train",))
     with opened(options, target) as session:
-        if options.overwrite and session.leads:
+        start = _start(session, target) if session.leads else target.start
+        if options.overwrite and session.leads and start is None:
             clear(session.run)
-        _first_package(session)
+        if start is None:
+            _first_package(session, may_be_imported=False)
+        else:
+            _train(session, start=start)
         return _finish(session) if session.leads else 0
 
 
@@ -156,36 +159,40 @@ def evaluate(options: Options, *, source: str | None, split: str) -> int:
 
     with opened(options, target) as session, stage(session) as context:
         found = evaluate_artifact(context, Path(source) if source else session.run, split=split)
-        document = {
-            "split": split, "metric": found.metric, "value": found.value, "num_samples": len(found.scores),
-            "trivial_baseline": found.baseline, **found.extra,
-        }  # fmt: skip
-        if options.as_json:
-            session.console.data(json.dumps(document, indent=2))
-        else:
-            session.console.data(
-                "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in document.items())
-            )
+        session.console.evaluation(found, split=split)
     return 0
 
 
 # -- what the commands are made of -------------------------------------------------------------------
 
 
-def _first_package(session: Session) -> package.ModelPackage:
+def _first_package(session: Session, *, may_be_imported: bool = True) -> package.ModelPackage:
     """The run's first package: found, or trained now."""
     run, recipe = session.run, session.recipe
     found = package.list_packages(run)
-    if found and (recipe.train is None or not found[0].name.endswith("-train")):
+    imported = bool(found) and not found[0].name.endswith("-train")
+    if imported and not may_be_imported:
+        raise UsageError(f"{run} starts from {found[0].name}", hint=f"to train that further: bmctl train {found[0]}")
+    if found and (recipe.train is None or imported):
         return package.open_package(found[0])
     if recipe.train is None:
         raise PackageError(
             f"{run} has no package, and recipe {recipe.name!r} has no train section",
             hint=f"add a train section, or start from a pretrained model: bmctl import timm:NAME -o {run}",
         )
-    job = Job(run=str(run), stage="train", resume=session.options.resume, overwrite=session.options.overwrite)
-    launch(job, recipe.launch, emit=session.emit)
+    _train(session)
     return package.open_package(package.list_packages(run)[0])
+
+
+def _train(session: Session, *, start: package.ModelPackage | None = None) -> None:
+    options, recipe = session.options, session.recipe
+    job = Job(
+        run=str(session.run),
+        resume=options.resume,
+        overwrite=options.overwrite,
+        start=str(start.path) if start else None,
+    )
+    launch(job, recipe.launch, emit=session.emit)
 
 
 def _newest(session: Session) -> package.ModelPackage:

@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from bmctl import report as reports
+import bmctl.report as reports
 from bmctl import rundir
 from bmctl.errors import UsageError
 from bmctl.recipe import builtin_recipes, find_recipe, load_recipe, recipe_schema

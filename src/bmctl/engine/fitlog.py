@@ -72,6 +72,7 @@ class FitLog:
         self.emit(
             "step",
             epoch=(step - 1) // self._steps_per_epoch + 1,
+            epochs=-(-self._num_steps // self._steps_per_epoch),
             step=step,
             steps=self._num_steps,
             loss=loss,

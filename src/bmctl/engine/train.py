@@ -156,12 +156,12 @@ def _run(setting: Setting) -> FitResult:
     return FitResult(evaluation, where.step, where.best_step, precision.name, notes)
 
 
-def training_key(recipe: Recipe, *, data_fingerprint: str) -> str:
-    """SHA-256 of everything that a first training depends on: the key of its package."""
+def training_key(recipe: Recipe, *, data_fingerprint: str, start: str | None = None) -> str:
+    """SHA-256 of everything that a training depends on, with the hash of the package it starts from: its key."""
     fit = recipe.train
     if fit is None:
         raise RecipeError(f"recipe {recipe.name!r} has no train section", hint="add one: train: {epochs: 10}")
-    return _hash(_settings(recipe, fit, "train", recipe.seed, None, "") | {"data": data_fingerprint})
+    return _hash(_settings(recipe, fit, "train", recipe.seed, None, start or "") | {"data": data_fingerprint})
 
 
 # -- before the first step --------------------------------------------------------------------------

@@ -40,6 +40,7 @@ def run_job(job: Job, config: LaunchConfig, *, emit: Emit, stop: Stop) -> None:
     from bmctl.engine.context import StageContext
     from bmctl.engine.parallel import barrier, join, leave
     from bmctl.engine.train_stage import train_stage
+    from bmctl.package import open_package
 
     group = join(config)
     barrier(group)  # rank 0 wrote the recipe before it came here
@@ -55,7 +56,7 @@ def run_job(job: Job, config: LaunchConfig, *, emit: Emit, stop: Stop) -> None:
         resume=job.resume,
         overwrite=job.overwrite,
     )
-    train_stage(context)
+    train_stage(context, start=open_package(Path(job.start)) if job.start else None)
     leave(group)
 
 
