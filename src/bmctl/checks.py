@@ -105,7 +105,7 @@ def check_steps(data: Mapping[str, Any]) -> Found:
         elif name in ("train", "import"):
             yield ("compress", i, "name"), f"{name!r} is the name of a stage", "take another"
         seen.setdefault(name, i)
-        if getattr(METHODS[method], "LEVEL", "") == "graph":
+        if METHODS[method].LEVEL == "graph":
             graph_step = graph_step or method
         elif graph_step:
             message = f"{method} works on the model's weights and cannot follow {graph_step}, which works on its graph"

@@ -16,6 +16,7 @@ from bmctl.launch import Job, launch
 from bmctl.methods import METHODS
 from bmctl.recipe import InferConfig, describe
 from bmctl.rows import ORIGINAL
+from bmctl.schema import resolve_env
 from bmctl.session import Options, Session, Target, clear, find_target, import_target, opened, stage
 
 STAGES = ("train", "compress", "export", "infer")
@@ -116,7 +117,7 @@ def infer(
     target = find_target(options) if model is None or options.recipe else None
     section = (target.recipe.infer if target else None) or InferConfig(data="")
     source = Path(model) if model else target.run if target else None
-    data = data or section.data
+    data = data or resolve_env(section.data)
     if not data or source is None:
         raise UsageError("nothing to predict: no DATA, and the recipe has no infer.data", hint="bmctl infer photo.png")
     backend = backend or section.backend
@@ -259,7 +260,11 @@ def _infer(session: Session) -> None:
     section = session.recipe.infer
     assert section is not None
     found = engine.predict(
-        session.run, section.data, backend=section.backend, batch_size=section.batch_size, emit=session.emit
+        session.run,
+        resolve_env(section.data),
+        backend=section.backend,
+        batch_size=section.batch_size,
+        emit=session.emit,
     )
     predictions = list(found)
     path = session.run / "predictions.jsonl"

@@ -33,7 +33,9 @@ def words(section: Strict, *, defaults: bool = False) -> str:
     fields = type(section).model_fields
     key = next(key for key in ("kind", "method", "name") if key in fields)
     said = getattr(section, key)
-    rest = ", ".join(f"{name} {plain(value)}" for name, value in given.items() if name != key and value is not None)
+    rest = ", ".join(
+        f"{name} {plain(value)}" for name, value in given.items() if name != key and value not in (None, (), [])
+    )
     return f"{said} ({rest})" if rest else str(said)
 
 
