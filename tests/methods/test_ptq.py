@@ -89,6 +89,11 @@ def test_ignored_nodes_stay_in_fp32(graph: Path, quantized: Path, tmp_path: Path
     assert meta["num_ignored"] == 2 and quantizers(out) < quantizers(quantized)
 
 
+def test_products_left_in_fp32_are_told(graph: Path) -> None:
+    (note,) = ptq._left_over(onnx.load(graph), ["head"])
+    assert note.startswith("2 of 3 products stay in fp32, such as stem")
+
+
 def test_mixed_takes_asymmetric_activations(graph: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.onnx"
     ptq.apply(graph, ptq.Config(preset="mixed"), make_context([samples()]), out=out)
