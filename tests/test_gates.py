@@ -134,6 +134,19 @@ def test_with_no_artifact_every_gate_fails() -> None:
     ]
 
 
+def test_only_the_backends_that_the_recipe_names_are_judged() -> None:
+    other = dataclasses.replace(SHIPPED, name="deploy/onnxruntime", backend="onnxruntime", size_bytes=10**9)
+    results = judge({"max_size_bytes": 141_000, "backends": ("openvino",)}, SHIPPED, other)
+    assert [(r.artifact, r.passed) for r in results] == [("deploy/openvino", True)]
+
+
+@pytest.mark.parametrize("backends", [("tensorrt",), ("openvino", "tensorrt"), ()])
+def test_a_backend_that_was_not_exported_fails_its_gates(backends: tuple[str, ...]) -> None:
+    results = judge({"max_size_bytes": 10**9, "backends": backends})
+    assert not all(r.passed for r in results)
+    assert "no artifact" in results[-1].why
+
+
 def test_no_gates_no_results() -> None:
     assert judge({}) == ()
     assert judge({"allow_unrun": True}, UNRUN) == ()

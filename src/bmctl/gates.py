@@ -29,14 +29,21 @@ def check(gates: GatesConfig, report: Report) -> tuple[GateResult, ...]:
         report: What was measured. An artifact that was not run fails all gates but size, unless `gates.allow_unrun`.
 
     Returns:
-        One result per gate and artifact; one failed result per gate where there is no artifact at all.
+        One result per gate and artifact that `gates.backends` names; a failed one per gate where it is not there.
     """
     limits = {name: float(limit) for name in NAMES if (limit := getattr(gates, name)) is not None}
     shipped = [row for row in report.artifacts if not row.is_original]
-    if not shipped:
-        return tuple(GateResult(n, "-", limit, None, False, "no artifact was exported") for n, limit in limits.items())
-    return tuple(
-        _judge(name, limit, row, allow_unrun=gates.allow_unrun) for row in shipped for name, limit in limits.items()
+    chosen = [row for row in shipped if gates.backends is None or row.backend in gates.backends]
+    absent = [f"deploy/{name}" for name in gates.backends or () if name not in {row.backend for row in shipped}]
+    if not chosen and not absent:
+        absent = ["-"]
+    judged = [
+        _judge(name, limit, row, allow_unrun=gates.allow_unrun) for row in chosen for name, limit in limits.items()
+    ]
+    missing = "no artifact was exported"
+    return (
+        *judged,
+        *(GateResult(n, one, limit, None, False, missing) for one in absent for n, limit in limits.items()),
     )
 
 

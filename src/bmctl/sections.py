@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     TaskConfig: TypeAlias = Any
     Step: TypeAlias = Any
     BackendConfig: TypeAlias = Any
+    BackendName: TypeAlias = str
 else:
     SourceConfig = Annotated[Union[tuple(m.Config for m in SOURCES.values())], Field(discriminator="kind")]
     TaskConfig = Annotated[Union[tuple(m.Config for m in TASKS.values())], Field(discriminator="kind")]
     Step = Annotated[Union[tuple(m.Config for m in METHODS.values())], Field(discriminator="method")]
+    BackendName = Literal[tuple(BACKENDS)]
     BackendConfig = Annotated[Union[tuple(m.Config for m in BACKENDS.values())], Field(discriminator="name")]
 
 
@@ -119,12 +121,14 @@ class GatesConfig(Strict):
     """What a shipped artifact must hold; each None is no gate.
 
     Attributes:
+        backends: Whose artifacts are judged; None is all of them.
         max_drop: Of the task's metric on test data against the trained model, as a fraction.
         min_speedup: Samples per second against the uncompressed model on the same backend, in the same rounds.
         max_latency_ms: Median of one batch of `export.measure.batch_size`.
         allow_unrun: Let pass what was built here but cannot be run here.
     """
 
+    backends: Many[BackendName] | None = None
     max_drop: Ratio | None = None
     min_speedup: Positive | None = None
     max_size_bytes: Count | None = None
