@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diagnosis": {"yamlio", "shape", "models"},
     "draft": {"yamlio", "shape", "diagnosis"},
     "checks": {"yamlio", "sections", "diagnosis", "methods", "backends"},
-    "plan": {"sections"},
+    "plan": {"sections", "methods"},
     "yamlio": set(),
     "disk": set(),
     "store": {"disk"},

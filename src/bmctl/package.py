@@ -171,7 +171,7 @@ def load_model(package: ModelPackage) -> nn.Module:
         parent = f"its parent {manifest.parent[:12]}" if manifest.parent else "the model that it was exported from"
         raise UnsupportedError(
             f"{package.path} is frozen: it holds a graph (made by {manifest.stage}), which has no weights to train on",
-            hint=f"start from {parent}; to train with quantization in the loop use the method qat there",
+            hint=f"start from {parent}",
         )
     model = _build(package, manifest.model)
     for structure in manifest.history:

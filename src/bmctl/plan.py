@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from bmctl.methods.ptq import ENOUGH
 from bmctl.schema import Fit, Strict
 from bmctl.sections import GatesConfig, Recipe
 
@@ -63,7 +64,8 @@ def step_text(step: Any, recipe: Recipe) -> str:
         teacher = ", taught by the original" if recover.teacher == "original" else ""
         text += f" and recover: {fit_text(recover.fit)}{teacher}"
     if step.method == "ptq" and recipe.data:
-        text += f" calibrated on {recipe.data.calib.limit} samples of {recipe.data.calib.split}"
+        most = min(step.samples or ENOUGH, recipe.data.calib.limit or ENOUGH)
+        text += f" calibrated on {most} samples of {recipe.data.calib.split}"
     return text
 
 

@@ -37,10 +37,10 @@ class SplitConfig(Strict):
 
 
 class CalibConfig(Strict):
-    """Calibration data: unaugmented samples of `split`; never of the test split."""
+    """Calibration data: unaugmented samples of `split`, at most `limit` of them; never of the test split."""
 
     split: Literal["train", "val"] = "train"
-    limit: Count = 300
+    limit: Count | None = None
 
 
 class PreprocessConfig(Strict):

@@ -214,7 +214,7 @@ def test_module_methods_need_weights(make) -> None:
         with pytest.raises(UnsupportedError, match="holds a graph, not weights") as caught:
             compress.run_steps(context, start=frozen)
         assert start.hash[:12] in caught.value.hint
-        assert "qat" in caught.value.hint
+        assert "its parent, package" in caught.value.hint
 
 
 def test_a_module_step_after_a_graph_step_is_refused_before_anything_runs(make) -> None:

@@ -18,7 +18,7 @@ from bmctl.engine.signals import interrupted
 from bmctl.engine.step import Work, leading, run_step
 from bmctl.errors import PreemptedError, UnsupportedError, UsageError
 from bmctl.methods import METHODS
-from bmctl.package import ModelPackage, list_packages, open_package
+from bmctl.package import ModelPackage, adopt, list_packages, open_package
 
 FORMAT = 1
 """Part of every step's key: raised when a step's results change for the same inputs."""
@@ -81,27 +81,22 @@ def take_in(context: StageContext, start: ModelPackage) -> ModelPackage:
     packages = context.run / "packages"
     if start.path.parent.resolve() == packages.resolve():
         return start
-    target = packages / f"00-{start.manifest.stage}"
     there = list_packages(context.run)
-    if there and there[0].name == target.name and store.manifest_hash(there[0]) == start.hash:
-        return open_package(target)
+    if there and there[0].name == f"00-{start.manifest.stage}" and store.manifest_hash(there[0]) == start.hash:
+        return open_package(there[0])
     if there and not context.overwrite:
         raise UsageError(
             f"{context.run} starts from another package, {there[0].name}, than {start.path}",
             hint="choose another run with -o, or start over with --overwrite",
         )
-    leading(context, lambda: _copy(start, target, stale=there))
-    return open_package(target)
+    leading(context, lambda: _copy(context, start, stale=there))
+    return open_package(packages / f"00-{start.manifest.stage}")
 
 
-def _copy(start: ModelPackage, target: Path, *, stale: Sequence[Path]) -> None:
+def _copy(context: StageContext, start: ModelPackage, *, stale: Sequence[Path]) -> None:
     for path in stale:
         shutil.rmtree(path)
-    target.parent.mkdir(exist_ok=True)
-    with store.publishing(target) as temporary:
-        for name in (*start.manifest.files, store.MANIFEST):
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(start.path / name, temporary / name)
+    adopt(start, into=context.run)
 
 
 def _finished(context: StageContext, stage: str, key: str) -> ModelPackage | None:
@@ -140,7 +135,7 @@ def _check_chain(steps: Sequence[Any], start: ModelPackage) -> None:
     if start.manifest.frozen:
         frozen = f"{start.path.name} holds a graph, not weights"
         parent = f"its parent, package {start.manifest.parent[:12]}" if start.manifest.parent else "the trained model"
-        way_out = f"start from {parent}; to train with quantization in the loop use the method qat"
+        way_out = f"start from {parent}"
     for step in steps:
         name, method = step.name or step.method, METHODS[step.method]
         if method.LEVEL == "module" and frozen:

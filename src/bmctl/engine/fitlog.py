@@ -28,6 +28,7 @@ class FitLog:
         self._batch_size, self._steps_per_epoch, self._num_steps = batch_size, steps_per_epoch, num_steps
         self._board: SummaryWriter | None = None
         self._since, self._steps_since, self._epoch_s = time.perf_counter(), 0, 0.0
+        self._spoke_at, self._spoke_at_step, self._spoke_at_s = time.perf_counter(), 0, 0.0
         self.num_steps_here, self.train_s = 0, 0.0
 
     def open(self, *, step: int) -> None:
@@ -55,20 +56,26 @@ class FitLog:
     def tick(self) -> bool:
         """One more step is done; True when it is time to speak."""
         self._steps_since += 1
-        return time.perf_counter() - self._since >= PERIOD_S
+        return time.perf_counter() - self._spoke_at >= PERIOD_S
 
-    def pause(self) -> float:
-        """Stop the clock until `begin`; returns samples per second, of all processes, since it last stood still."""
-        steps, seconds = self._steps_since, time.perf_counter() - self._since
-        self.num_steps_here += steps
+    def pause(self) -> None:
+        """Stop the clock until `begin`."""
+        seconds = time.perf_counter() - self._since
+        self.num_steps_here += self._steps_since
         self.train_s += seconds
         self._epoch_s += seconds
         self.begin()
+
+    def _speed(self) -> float:
+        """Samples per second, of all processes, since this was asked last."""
+        self.pause()
+        steps, seconds = self.num_steps_here - self._spoke_at_step, self.train_s - self._spoke_at_s
+        self._spoke_at, self._spoke_at_step, self._spoke_at_s = time.perf_counter(), self.num_steps_here, self.train_s
         return steps * self._batch_size / seconds if seconds > 0 else 0.0
 
     def step(self, step: int, *, loss: float, metric: float, lr: float) -> None:
         """Tell where the loop is; loss and metric are means over the epoch so far."""
-        speed = self.pause()
+        speed = self._speed()
         self.emit(
             "step",
             epoch=(step - 1) // self._steps_per_epoch + 1,

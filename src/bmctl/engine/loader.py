@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -42,8 +43,12 @@ def load(split: Batched, steps: Sequence[np.ndarray], *, num_workers: int) -> It
         generator=torch.Generator(),
         worker_init_fn=_ignore_signals,
     )
+    batches = iter(loader)
+    # These processes ignore SIGTERM, so multiprocessing's own farewell would wait for them for ever.
+    end = getattr(batches, "_shutdown_workers", lambda: None)
+    atexit.register(end)
     try:
-        for batch in loader:
+        for batch in batches:
             if isinstance(batch, BmctlError):
                 raise batch
             yield batch
@@ -54,6 +59,9 @@ def load(split: Batched, steps: Sequence[np.ndarray], *, num_workers: int) -> It
             f"a loader process died ({str(error).splitlines()[0]})",
             hint="--set data.num_workers=0, or give /dev/shm and memory more room",
         ) from error
+    finally:
+        end()
+        atexit.unregister(end)
 
 
 @dataclass(frozen=True)

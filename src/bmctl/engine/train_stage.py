@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from bmctl.engine import appraise, measure, randomness
+from bmctl.engine import appraise, randomness
 from bmctl.engine.context import StageContext
 from bmctl.engine.data import Split, array_batches, data_fingerprint, open_split, resolve_preprocess
 from bmctl.engine.leaks import check_leaks
@@ -20,7 +19,6 @@ from bmctl.package import Manifest, ModelPackage, derive, load_model, open_packa
 from bmctl.recipe import Recipe, recipe_yaml
 from bmctl.schema import TensorSpec
 from bmctl.tasks import TASKS
-from bmctl.weights import save_weights
 
 STAGE = "train"
 
@@ -151,7 +149,6 @@ def _publish(
     shape = (None, preprocess.channels, *preprocess.size)
     meaning = "normalised image, channels first"
     metrics = {
-        "size_bytes": _size_bytes(model.cpu()),
         "val": appraise.metric_of(evaluation),
         "train": {"steps": result.steps, "best_step": result.best_step, "precision": result.precision},
         **numbers,
@@ -179,10 +176,3 @@ def _publish(
     appraise.file_score(context, package, evaluation, backend="eager")
     context.emit({"event": "stage_done", "stage": STAGE, "package": str(target), **package.manifest.metrics})
     return package
-
-
-def _size_bytes(model: nn.Module) -> int:
-    """Of the weights' file, which the manifest beside it has to tell."""
-    with tempfile.TemporaryDirectory() as folder:
-        save_weights(model, Path(folder, "weights.safetensors"))
-        return measure.size_bytes(Path(folder, "weights.safetensors"))
