@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +211,29 @@ def test_a_killed_loader_process_is_told() -> None:
     with pytest.raises(ResourceError, match="a loader process died") as caught:
         epoch(chosen, num_workers=1)
     assert "num_workers=0" in caught.value.hint
+
+
+LEFT_OPEN = """
+import os, signal
+from bmctl.engine import data
+from bmctl.sections import Recipe
+recipe = Recipe.model_validate({"name": "x", "model": {"name": "bmctl:mlp"}, "data": {"source": {"kind": "digits"}}})
+split = data.open_split(recipe, name="train", preprocess=data.resolve_preprocess(recipe))
+batches = data.train_batches(split, seed=0, epoch=0, batch_size=32, num_workers=2)
+next(batches)
+import multiprocessing
+for worker in multiprocessing.active_children():
+    os.kill(worker.pid, signal.SIGTERM)
+    os.kill(worker.pid, signal.SIGINT)
+print(sum(len(next(batches)[1]) for _ in range(20)))
+"""
+
+
+def test_loader_processes_ignore_signals_and_still_end_with_their_parent() -> None:
+    """The epoch is left half-way, with the iterator alive when the interpreter exits."""
+    done = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{20 * 32}\n"
 
 
 # -- augmentation -----------------------------------------------------------------------------------
