@@ -92,12 +92,11 @@ def test_a_loss_that_is_not_finite_ends_the_group(tmp_path: Path) -> None:
 # -- signals ------------------------------------------------------------------------------------------
 
 
-def stop(process: subprocess.Popen[str], *signals: int, at: str = '"step"') -> None:
+def stop(process: subprocess.Popen[str], *signals: int, at: str = "step") -> None:
     """Signal a process once it has told of an event."""
     assert process.stdout is not None
-    for line in process.stdout:
-        if at in line:
-            break
+    if not any(json.loads(line)["event"] == at for line in process.stdout):
+        pytest.fail(f"it ended with {process.wait()}: {process.stderr.read() if process.stderr else ''}")
     for signum in signals:
         process.send_signal(signum)
         time.sleep(1)
@@ -151,7 +150,7 @@ def test_signalled_while_it_loads(tmp_path: Path) -> None:
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
     run = make_run(tmp_path, *LONG, "launch.timeout_s=60", "train.grace_s=60")
     process = start(run, fault="hang:1:15")
-    stop(process, signal.SIGTERM, signal.SIGTERM, at='"epoch"')
+    stop(process, signal.SIGTERM, signal.SIGTERM, at="epoch")
     ended = end(process, timeout=40)
     assert ended.code == 143, ended.stderr
 
@@ -208,8 +207,7 @@ def test_under_somebody_elses_torchrun(tmp_path: Path) -> None:
 def test_preempted_under_somebody_elses_torchrun(tmp_path: Path) -> None:
     run = make_run(tmp_path, *LONG)
     process = torchrun(run, tmp_path / "train.py")
-    assert process.stdout is not None
-    next(line for line in process.stdout if '"step"' in line)
+    stop(process)
     # As a scheduler does: to every process of the job but the agent, which would only pass it on.
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
     for pid in children.stdout.split():

@@ -52,6 +52,16 @@ def test_events_go_to_tensorboard(tmp_path: Path, monkeypatch) -> None:
     json.dumps(seen.events)
 
 
+def test_short_epochs_do_not_silence_it(tmp_path: Path, monkeypatch) -> None:
+    """Time to speak is counted over epochs, not within one."""
+    now = iter(range(10**6))
+    monkeypatch.setattr("bmctl.engine.fitlog.time.perf_counter", lambda: next(now) / 40)
+    recipe, seen = make_recipe(tmp_path, "train.epochs=4", "data.train.limit=96"), Seen()
+    fit(make_context(tmp_path / "run", recipe, seen=seen), make_model(recipe))
+    assert seen.of("step")
+    assert all(event["epoch"] == (event["step"] + 2) // 3 for event in seen.of("step"))
+
+
 def test_max_steps_ends_within_an_epoch(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, "train.max_steps=13")
     result = fit(make_context(tmp_path / "run", recipe), make_model(recipe))

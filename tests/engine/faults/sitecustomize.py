@@ -1,4 +1,4 @@
-"""Faults for processes under test: on PYTHONPATH, with BMCTL_TEST_FAULT=KIND[:RANK:STEP], something goes wrong there."""
+"""Faults for processes under test: on PYTHONPATH, with BMCTL_TEST_FAULT=KIND[:RANK:STEP], something goes wrong."""
 
 import os
 import signal
@@ -6,8 +6,7 @@ import time
 
 KIND, _, WHERE = os.environ.get("BMCTL_TEST_FAULT", "").partition(":")
 RANK, STEP = (int(part) for part in WHERE.split(":")) if WHERE else (0, 0)
-# The parent of a group is left alone.
-HERE = KIND and int(os.environ.get("RANK", "0")) == RANK and "BMCTL_TEST_PARENT" not in os.environ
+HERE = KIND and int(os.environ.get("RANK", "0")) == RANK
 
 
 def strike() -> None:
