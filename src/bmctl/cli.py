@@ -141,7 +141,7 @@ def prune(flags: Flags, source: Source = None, method: Method = None) -> int:
     """Remove channels (structured) or single weights (magnitude)."""
     from bmctl import pipeline
 
-    return pipeline.compress(pipeline.Options(**flags), source=source, family="prune", method=method)
+    return pipeline.compress(pipeline.Options(**flags), source=source, verb="prune", method=method)
 
 
 @command(STAGES)
@@ -149,7 +149,7 @@ def quantize(flags: Flags, source: Source = None, method: Method = None) -> int:
     """Compute in int8 (ptq), or store and compute in fp16 or bf16 (cast)."""
     from bmctl import pipeline
 
-    return pipeline.compress(pipeline.Options(**flags), source=source, family="quantize", method=method)
+    return pipeline.compress(pipeline.Options(**flags), source=source, verb="quantize", method=method)
 
 
 @command(STAGES)
@@ -157,7 +157,7 @@ def lowrank(flags: Flags, source: Source = None, method: Method = None) -> int:
     """Factorise layers into two thin ones (svd)."""
     from bmctl import pipeline
 
-    return pipeline.compress(pipeline.Options(**flags), source=source, family="lowrank", method=method)
+    return pipeline.compress(pipeline.Options(**flags), source=source, verb="lowrank", method=method)
 
 
 @command(STAGES)

@@ -187,12 +187,15 @@ class Console:
         self._say(text, plain=f"{stage}: {text}" if stage else text)
 
     def error(self, error: BaseException, *, debug: bool = False) -> None:
-        """What went wrong, where, and what mends it: on stderr, and with `as_json` as fields on stdout too."""
+        """What went wrong, where, and what mends it: on stderr, and with `as_json` as fields on stdout too.
+
+        stdout has one document: where a report with the failed gates stands there already, nothing is added.
+        """
         self.clear()
         if debug:
             self.err.write(wording.printable("".join(traceback.format_exception(error))))
         known = error if isinstance(error, BmctlError) else _as_known(error)
-        if self.as_json:
+        if self.as_json and not known.has_document:
             self.data(json.dumps(known.to_dict(), indent=2))
         parts: list[Part] = [("error: ", "bold red"), known.message]
         for problem in known.problems if isinstance(known, RecipeError) else ():

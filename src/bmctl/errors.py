@@ -50,9 +50,13 @@ class BmctlError(Exception):
     Args:
         message: What happened, where, what was got and what was expected.
         hint: A command or an edit that mends it.
+
+    Attributes:
+        has_document: With --json: stdout holds the command's document already, which tells of the failure too.
     """
 
     exit_code = 1
+    has_document = False
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)

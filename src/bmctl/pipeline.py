@@ -11,7 +11,7 @@ from typing import Literal, cast
 from bmctl import gates, package, store
 from bmctl import report as reports
 from bmctl.backends import BACKENDS
-from bmctl.errors import BmctlError, PackageError, RecipeError, UsageError
+from bmctl.errors import BmctlError, GateError, PackageError, RecipeError, UsageError
 from bmctl.launch import Job, launch
 from bmctl.methods import METHODS
 from bmctl.recipe import InferConfig, describe
@@ -22,6 +22,7 @@ from bmctl.session import Options, Session, Target, clear, find_target, import_t
 STAGES = ("train", "compress", "export", "infer")
 SHOWN = 12
 """Predictions that `run` prints; all of them are in the run."""
+FAMILIES = {"prune": {"prune"}, "quantize": {"quantize", "cast"}, "lowrank": {"lowrank"}}
 DEFAULT_METHOD = {"prune": "structured", "quantize": "ptq", "lowrank": "svd"}
 
 
@@ -71,14 +72,14 @@ def train(options: Options, *, source: str | None = None, nproc: int | None = No
         return _finish(session) if session.leads else 0
 
 
-def compress(options: Options, *, source: str | None, family: str | None = None, method: str | None = None) -> int:
-    """The recipe's steps; with a family those up to its last one, or the one step that `method` names."""
-    _check_method(family, method)
+def compress(options: Options, *, source: str | None, verb: str | None = None, method: str | None = None) -> int:
+    """The recipe's steps; with a verb such as prune those up to its last one, or the one step that `method` names."""
+    _check_method(verb, method)
     # `--set` addresses the one step that the command line names, else the recipe that holds the steps.
-    one_step = method or (DEFAULT_METHOD[family] if family and source and not options.recipe else None)
+    one_step = method or (DEFAULT_METHOD[verb] if verb and source and not options.recipe else None)
     target = find_target(options, source, step=one_step)
-    if family and not one_step:
-        target = _up_to(target, family)
+    if verb and not one_step:
+        target = _up_to(target, verb)
     if options.dry_run:
         return _plan(options, target, stages=("train", "compress") if options.recipe else ("compress",))
     with opened(options, target) as session:
@@ -285,25 +286,29 @@ def _finish(session: Session) -> int:
         session.console.data(reports.to_json(found))
     else:
         session.console.report(found)
-    gates.raise_for(found.gates)
+    try:
+        gates.raise_for(found.gates)
+    except GateError as failed:
+        failed.has_document = session.options.as_json
+        raise
     return 0
 
 
-def _check_method(family: str | None, method: str | None) -> None:
-    if method is None:
+def _check_method(verb: str | None, method: str | None) -> None:
+    if verb is None or method is None:
         return
-    of_family = [name for name, module in METHODS.items() if module.FAMILY == family]
-    if method not in of_family:
-        raise UsageError(f"--method {method}: not a method of {family}", hint=f"one of {', '.join(of_family)}")
+    known = [name for name, module in METHODS.items() if module.FAMILY in FAMILIES[verb]]
+    if method not in known:
+        raise UsageError(f"--method {method}: not a method of {verb}", hint=f"one of {', '.join(known)}")
 
 
-def _up_to(target: Target, family: str) -> Target:
-    """The recipe's steps up to its last one of `family`: what `bmctl prune -r RECIPE` has to do."""
+def _up_to(target: Target, verb: str) -> Target:
+    """The recipe's steps up to its last one of `verb`: what `bmctl prune -r RECIPE` has to do."""
     steps = target.recipe.compress
-    last = max((i for i, step in enumerate(steps) if METHODS[step.method].FAMILY == family), default=None)
+    last = max((i for i, step in enumerate(steps) if METHODS[step.method].FAMILY in FAMILIES[verb]), default=None)
     if last is None:
         raise RecipeError(
-            f"recipe {target.recipe.name!r} has no {family} step", hint=f"name one: --method {DEFAULT_METHOD[family]}"
+            f"recipe {target.recipe.name!r} has no {verb} step", hint=f"name one: --method {DEFAULT_METHOD[verb]}"
         )
     return replace(target, recipe=target.recipe.model_copy(update={"compress": steps[: last + 1]}))
 
