@@ -12,6 +12,7 @@ import torch
 from tests.engine.training import Seen, fit, make_context, make_model, make_recipe, steps
 
 from bmctl.engine import loop
+from bmctl.engine.optim import learning_rate
 from bmctl.engine.signals import Stop
 from bmctl.errors import DataError, DivergedError, InterruptedRunError, PackageError, PreemptedError, UsageError
 from bmctl.schema import Distill
@@ -44,7 +45,9 @@ def test_events_go_to_tensorboard(tmp_path: Path, monkeypatch) -> None:
     seen = Seen()
     fit(make_context(tmp_path / "run", recipe, seen=seen), make_model(recipe))
     assert [event["step"] for event in seen.of("step")] == list(range(1, 21))
-    assert all(event["samples_per_s"] > 0 and event["lr"] > 0 for event in seen.of("step"))
+    assert all(event["samples_per_s"] > 0 for event in seen.of("step"))
+    rates = [learning_rate(recipe.train.schedule, peak=1e-3, step=step, num_steps=20) for step in range(20)]
+    assert [event["lr"] for event in seen.of("step")] == rates
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard" / "train")).Reload()
     losses = [(event.step, event.value) for event in board.Scalars("train/loss")]
     assert losses == [(event["step"], pytest.approx(event["loss"])) for event in seen.of("step")]
