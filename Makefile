@@ -1,5 +1,7 @@
-.PHONY: setup demo test slow check bench clean
+.PHONY: setup demo test slow check bench bounds clean
 PY := .venv/bin/python
+# Two test processes of one thread each: oversubscribed threads would ruin both.
+TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 setup: .venv/.done
 
@@ -11,10 +13,10 @@ demo: setup
 	.venv/bin/bmctl run --recipe fashion-mnist --output runs/demo --overwrite
 
 test: setup
-	$(PY) -m pytest
+	$(TEST)
 
 slow: setup
-	$(PY) -m pytest -m slow
+	$(TEST) -m slow
 
 check: setup
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && $(PY) -m pytest -q tests/test_architecture.py
@@ -22,5 +24,12 @@ check: setup
 bench: setup
 	$(PY) -m pytest tests/benchmarks -m bench -s
 
+# The same tests with the oldest versions that pyproject.toml allows.
+bounds:
+	python3 -m venv .venv-lower && .venv-lower/bin/python -m pip install -q 'pip>=25.1'
+	python3 tests/lower_bounds.py > .venv-lower/constraints.txt
+	.venv-lower/bin/python -m pip install -q -c .venv-lower/constraints.txt -e '.[tensorrt-rtx,transformers,sklearn]' --group dev
+	OMP_NUM_THREADS=1 .venv-lower/bin/python -m pytest -n 2 --dist loadfile
+
 clean:
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lower build dist .mypy_cache .pytest_cache .ruff_cache
