@@ -104,16 +104,18 @@ def run(
 ) -> int:
     """Do every section of a recipe: train, compress, export, infer."""
     from bmctl import pipeline
+    from bmctl.session import Options
 
-    return pipeline.run(pipeline.Options(**flags), first=first, last=last)
+    return pipeline.run(Options(**flags), first=first, last=last)
 
 
 @command(STAGES)
 def train(flags: Flags, source: Trained = None) -> int:
     """Train the recipe's model, or a package further; the result is a package."""
     from bmctl import pipeline
+    from bmctl.session import Options
 
-    return pipeline.train(pipeline.Options(**flags), source=source)
+    return pipeline.train(Options(**flags), source=source)
 
 
 @command(STAGES)
@@ -124,40 +126,45 @@ def distribute(
 ) -> int:
     """Train with several processes: torchrun, run for you."""
     from bmctl import pipeline
+    from bmctl.session import Options
 
-    return pipeline.train(pipeline.Options(**flags), source=source, nproc=nproc)
+    return pipeline.train(Options(**flags), source=source, nproc=nproc)
 
 
 @command(STAGES)
 def compress(flags: Flags, source: Source = None) -> int:
     """Apply the recipe's compression steps in order."""
     from bmctl import pipeline
+    from bmctl.session import Options
 
-    return pipeline.compress(pipeline.Options(**flags), source=source)
+    return pipeline.compress(Options(**flags), source=source)
 
 
 @command(STAGES)
 def prune(flags: Flags, source: Source = None, method: Method = None) -> int:
     """Remove channels (structured) or single weights (magnitude)."""
     from bmctl import pipeline
+    from bmctl.session import Options
 
-    return pipeline.compress(pipeline.Options(**flags), source=source, verb="prune", method=method)
+    return pipeline.compress(Options(**flags), source=source, verb="prune", method=method)
 
 
 @command(STAGES)
 def quantize(flags: Flags, source: Source = None, method: Method = None) -> int:
     """Compute in int8 (ptq), or store and compute in fp16 or bf16 (cast)."""
     from bmctl import pipeline
+    from bmctl.session import Options
 
-    return pipeline.compress(pipeline.Options(**flags), source=source, verb="quantize", method=method)
+    return pipeline.compress(Options(**flags), source=source, verb="quantize", method=method)
 
 
 @command(STAGES)
 def lowrank(flags: Flags, source: Source = None, method: Method = None) -> int:
     """Factorise layers into two thin ones (svd)."""
     from bmctl import pipeline
+    from bmctl.session import Options
 
-    return pipeline.compress(pipeline.Options(**flags), source=source, verb="lowrank", method=method)
+    return pipeline.compress(Options(**flags), source=source, verb="lowrank", method=method)
 
 
 @command(STAGES)
@@ -173,8 +180,9 @@ def export(
 ) -> int:
     """Export to ONNX and to every backend; prove, measure and gate each artifact."""
     from bmctl import pipeline
+    from bmctl.session import Options
 
-    return pipeline.export(pipeline.Options(**flags), source=source, backends=backends or (), tensorrt=tensorrt)
+    return pipeline.export(Options(**flags), source=source, backends=backends or (), tensorrt=tensorrt)
 
 
 @command(STAGES)
@@ -193,8 +201,9 @@ def infer(
 ) -> int:
     """Predict: JSON lines or CSV with class names and scores."""
     from bmctl import pipeline
+    from bmctl.session import Options
 
-    return pipeline.infer(pipeline.Options(**flags), data=data, model=model, backend=backend, form=form, to=to)
+    return pipeline.infer(Options(**flags), data=data, model=model, backend=backend, form=form, to=to)
 
 
 @command(PACKAGES, name="import")
@@ -208,8 +217,9 @@ def import_(
 ) -> int:
     """Package a pretrained model; a name asks for the download."""
     from bmctl import pipeline
+    from bmctl.session import Options
 
-    return pipeline.import_model(pipeline.Options(**flags), source=source, model=model, match=match)
+    return pipeline.import_model(Options(**flags), source=source, model=model, match=match)
 
 
 @command(PACKAGES)
@@ -222,8 +232,9 @@ def evaluate(
 ) -> int:
     """Run the task's metric on a package or a deployed artifact."""
     from bmctl import pipeline
+    from bmctl.session import Options
 
-    return pipeline.evaluate(pipeline.Options(**flags), source=source, split=split)
+    return pipeline.evaluate(Options(**flags), source=source, split=split)
 
 
 @command(PACKAGES, flags=SPEAKING)

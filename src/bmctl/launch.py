@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bmctl import store
+from bmctl.disk import disk_errors
 from bmctl.errors import BmctlError, InterruptedRunError, PreemptedError, WorkerError, error_from_dict
 from bmctl.job import Job as Job
 from bmctl.job import Logs, outcome_path, write_outcome
@@ -124,7 +125,7 @@ class _Tail:
 
 def _prepare(job: Job, logs: Logs) -> None:
     """Nothing of an earlier job may be taken for this one's."""
-    with store.disk_errors(logs.job):
+    with disk_errors(logs.job):
         logs.folder.mkdir(exist_ok=True)
         for path in (logs.events, logs.agent, outcome_path(logs.run), *logs.folder.glob("rank-*.*")):
             path.unlink(missing_ok=True)

@@ -334,7 +334,7 @@ def _is_run(path: Path) -> bool:
     if (path / "packages").is_dir():
         return True
     try:
-        return json.loads((path / store.MANIFEST).read_bytes()).get("kind") == "run"
+        return bool(json.loads((path / store.MANIFEST).read_bytes()).get("kind") == "run")
     except (OSError, ValueError, AttributeError, RecursionError):
         return False
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from bmctl import models, store
+from bmctl.disk import disk_errors
 from bmctl.engine import appraise, measure, statedict
 from bmctl.engine.context import StageContext
 from bmctl.errors import DataError, PackageError, RecipeError, ResourceError, UsageError
@@ -269,7 +270,7 @@ def _publish(context: StageContext, found: Imported, *, source: str, key: str, t
 
 def _write_log(context: StageContext, log: str) -> None:
     path = context.run / "logs" / "import.tsv"
-    with store.disk_errors(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     store.write_atomic(path, b"in the file\tin the model\tshape\n" + log.encode())
     context.emit({"event": "note", "stage": STAGE, "text": f"which tensor went where: {path}"})

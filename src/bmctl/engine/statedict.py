@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -60,7 +61,7 @@ def _load_without_code(path: Path) -> Any:
     try:
         # The only torch.load there is: weights_only builds tensors and plain containers, and nothing else.
         return torch.load(path, map_location="cpu", weights_only=True)
-    except torch.serialization.pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         first = str(error).split(". ")[0].splitlines()[0]
         raise PackageError(
             f"{path} is refused: besides tensors it holds objects, and reading those would run code "

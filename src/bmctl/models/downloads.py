@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -31,7 +32,12 @@ def from_hub(name: str) -> Iterator[None]:
         DependencyError: Offline, unreachable, not there, or not free to fetch.
     """
     # HTTPError is that of the client which this version of the hub's library uses.
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
+        GatedRepoError,
+        HfHubHTTPError,
+        HTTPError,
+        RepositoryNotFoundError,
+    )
 
     try:
         yield
@@ -72,7 +78,7 @@ def fetch_weights(url: str, *, sha256_prefix: str) -> dict[str, torch.Tensor]:
         )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (torch.serialization.pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (UnpicklingError, RuntimeError, EOFError) as error:
         raise PackageError(f"{path}: not a plain state dict ({_first_line(error)})") from error
 
 
