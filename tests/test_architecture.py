@@ -161,7 +161,7 @@ def test_only_the_command_line_prints() -> None:
 
 
 def test_nothing_is_unpickled() -> None:
-    """Of pickle only its error's name is imported; torch.load only with weights_only=True; np.load never with allow_pickle."""
+    """Of pickle only its error's name; torch.load only with weights_only=True; np.load never with allow_pickle."""
     wrong = []
     for path in FILES:
         tree, lines = ast.parse(path.read_text()), path.read_text().splitlines()
