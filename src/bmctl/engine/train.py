@@ -114,9 +114,7 @@ def fit(
         identity=Identity(
             optimizer=config.optimizer.name,
             data_fingerprint=_hash([train.fingerprint, val.fingerprint]),
-            settings=_settings(
-                context.recipe, config, stage, seed, distill if teacher is not None else None, inputs_hash
-            ),
+            settings=_settings(context.recipe, config, stage, seed, asked, inputs_hash),
         ),
         log=FitLog(context, stage, task.METRIC, config.batch_size, steps_per_epoch, num_steps),
         steps_per_epoch=steps_per_epoch,

@@ -66,6 +66,7 @@ def train_stage(context: StageContext, *, start: ModelPackage | None = None) -> 
         context=context,
         stage=stage,
         seed=recipe.seed,
+        inputs_hash=start.hash if start else "",
     )
     error, package = None, None
     if context.group.leads:
