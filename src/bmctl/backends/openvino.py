@@ -27,13 +27,13 @@ class Config(Strict):
     """Attributes:
     threads: None takes every core that this process may use.
     precision: Of floating point operators. OpenVINO's own default computes an fp32 graph in bf16 where the CPU has
-        AMX; here that is asked for by name.
+        AMX; here that is asked for by name, with bf16, or auto: bf16 where the CPU has it, else f32.
     hint: `latency` gives all threads to one batch; `throughput` splits a batch over parallel streams.
     """
 
     name: Literal["openvino"] = "openvino"
     threads: Count | None = None
-    precision: Literal["f32", "bf16"] = "f32"
+    precision: Literal["f32", "bf16", "auto"] = "f32"
     hint: Literal["latency", "throughput"] = "latency"
 
 
@@ -65,7 +65,7 @@ def build(onnx_path: Path, *, config: Config, batch: Any, out: Path) -> dict[str
 
     copy_graph(onnx_path, out=out)
     with open(out, config=config):
-        return {"version": _openvino().get_version(), "precision": config.precision}
+        return {"version": _openvino().get_version(), "precision": _precision(config)}
 
 
 def open(artifact: Path, *, config: Config, meta: Mapping[str, Any] | None = None) -> OpenVinoRunner:
@@ -134,7 +134,7 @@ class OpenVinoRunner:
 def _compile(artifact: Path, config: Config) -> Any:
     core = _openvino().Core()
     options = {
-        "INFERENCE_PRECISION_HINT": config.precision,
+        "INFERENCE_PRECISION_HINT": _precision(config),
         "PERFORMANCE_HINT": config.hint.upper(),
         "INFERENCE_NUM_THREADS": config.threads or len(os.sched_getaffinity(0)),
         "CACHE_DIR": "",  # nothing is kept on disk outside the run
@@ -147,6 +147,13 @@ def _compile(artifact: Path, config: Config) -> Any:
         if named:
             raise UnsupportedError(f"OpenVINO does not take {artifact}: {named[0][:300]}") from error
         raise PackageError(f"OpenVINO cannot open {artifact}: {_reason(error)}") from error
+
+
+def _precision(config: Config) -> str:
+    """What floating point operators compute in on this machine."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
 
 
 def _reason(error: RuntimeError) -> str:

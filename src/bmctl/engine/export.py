@@ -222,7 +222,7 @@ def _is_unproven(target: Path) -> bool:
 def _check_parity(
     module: ModuleType, artifact: Path, config: Any, meta: dict[str, Any], source: Source, *, target: Path
 ) -> parity.Parity:
-    precision = _computed_in(config, source.precision)
+    precision = _computed_in(config, meta, source.precision)
     with module.open(artifact, config=config, meta=meta) as runner:
         got = _run(runner, source.x)
     result = parity.compare(
@@ -242,9 +242,9 @@ def _check_parity(
     return result
 
 
-def _computed_in(config: Any, precision: onnxfile.Precision) -> onnxfile.Precision:
-    """The coarsest precision that the backend was asked to compute in."""
-    if precision == "fp32" and getattr(config, "precision", "f32") == "bf16":
+def _computed_in(config: Any, meta: dict[str, Any], precision: onnxfile.Precision) -> onnxfile.Precision:
+    """The coarsest precision that the backend computes in."""
+    if precision == "fp32" and meta.get("precision") == "bf16":
         return "bf16"
     return "fp16" if precision == "fp32" and getattr(config, "tf32", False) else precision
 

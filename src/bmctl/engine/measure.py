@@ -33,6 +33,9 @@ __all__ = [
     "throughput",
 ]
 
+SETTLE_S = 0.05
+"""Between two callables: ONNX Runtime's and OpenMP's threads spin on after a call, on the next one's cores."""
+
 SHORTEST_S = 0.005
 """A round repeats a call until the clock has something to measure."""
 
@@ -117,6 +120,8 @@ def latency(runs: Mapping[str, Callable[[], object]], *, rounds: int, warmup: in
     names = list(runs)
     for _ in range(rounds):
         for name in names:
+            time.sleep(SETTLE_S)
+            runs[name]()
             samples[name].append(1000 * _time(runs[name], repeats[name]))
         names.reverse()
     return {name: _percentiles(values) for name, values in samples.items()}

@@ -36,6 +36,7 @@ class Config(ModuleStepConfig):
         energy: Fraction of each layer's squared singular values that is kept at least.
         include: Names of layers to factorise, such as ``layer4.*``; all of them when empty.
         ignore: Names of layers left as they are.
+        min_weights: Layers with fewer weights than this are left as they are: two small layers are slower than one.
     """
 
     method: Literal["svd"] = "svd"
@@ -44,6 +45,7 @@ class Config(ModuleStepConfig):
     energy: Annotated[float, Field(gt=0, lt=1)] | None = None
     include: Many[str] = ()
     ignore: Many[str] = ()
+    min_weights: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _one_criterion(self) -> Self:
@@ -131,6 +133,9 @@ def _chosen(model: nn.Module, config: Config, context: MethodContext) -> tuple[d
     called = _called(model, context.example)
     layers, kept = {}, {}
     for name, layer in everything.items():
+        if layer.weight.numel() < config.min_weights:
+            kept[name] = f"has {layer.weight.numel()} weights"
+            continue
         if name not in included or name in ignored:
             continue
         if name in inside:
