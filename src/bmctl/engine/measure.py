@@ -113,7 +113,7 @@ def latency(runs: Mapping[str, Callable[[], object]], *, rounds: int, warmup: in
     Args:
         runs: Each runs once and returns when its result is there (a GPU's callable synchronises).
         rounds: The order of the callables is turned round from one to the next.
-        warmup: Calls before anything is counted.
+        warmup: Calls before anything is counted; in each round, after a pause of SETTLE_S, one more.
     """
     repeats = {name: _warm_up(run, warmup=warmup) for name, run in runs.items()}
     samples: dict[str, list[float]] = {name: [] for name in runs}
