@@ -158,6 +158,11 @@ def test_evaluate_tells_metric_and_interval(here: Path, capsys: pytest.CaptureFi
     assert found["num_samples"] == 200 and found["low"] < found["value"] < found["high"]
 
 
+def test_a_command_without_a_recipe_says_which_run_it_takes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate"]) == 0
+    assert "run: runs/tiny" in capsys.readouterr().err
+
+
 def test_infer_writes_lines_that_a_script_can_read(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["infer", "-q"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -81,6 +81,8 @@ def opened(options: Options, target: Target) -> Iterator[Session]:
             yield session  # rank 0 owns the directory
             return
         with rundir.opened(run, recipe):
+            if options.recipe is None:
+                console.note(f"run: {run}")
             try:
                 yield session
             except (BmctlError, KeyboardInterrupt):
