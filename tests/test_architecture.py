@@ -20,6 +20,7 @@ STAGES = {"engine.train", "engine.compress", "engine.export", "engine.infer", "e
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "schema": set(),
+    "fit": set(),
     "__main__": {"cli"},
     "cli": {"pipeline", "queries", "session"},
     "pipeline": {"session", "recipe", "package", "launch", "report", "rows", "gates", "store", "engine", *PLUGINS},
@@ -55,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bundled": {"sources"},
     "engine": {"recipe", "sections", "package", "weights", "store", "disk", "job", "rows", "engine", *PLUGINS},
 }
-FREE = {"errors", "schema", ""}
+FREE = {"errors", "schema", "fit", ""}
 # What the parent process must not load before a command has been parsed and its work is known.
 HEAVY = {
     "torch", "torchvision", "timm", "transformers", "numpy", "PIL", "onnx", "onnxruntime", "onnxscript", "openvino",

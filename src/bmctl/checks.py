@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from bmctl.backends import BACKENDS
 from bmctl.diagnosis import did_you_mean, own_models, shown
 from bmctl.methods import METHODS
-from bmctl.schema import Fit
+from bmctl.fit import Fit
 from bmctl.sections import BatchProfile, ExportConfig, LaunchConfig, MeasureConfig
 from bmctl.yamlio import KeyPath
 
@@ -23,6 +24,8 @@ def check_sections(data: Mapping[str, Any]) -> Found:
         Key path, message and hint.
     """
     yield from check_needs(data)
+    yield from check_launch(data)
+    yield from check_loops(data)
     yield from check_batches(data)
     yield from check_steps(data)
     yield from check_images(data)
@@ -63,13 +66,50 @@ def check_needs(data: Mapping[str, Any]) -> Found:
         yield ("model", "pretrained"), f"{name} has no published weights", "set it to false, or name a timm: model"
 
 
-def check_batches(data: Mapping[str, Any]) -> Found:
-    """Batch sizes that contradict each other."""
+def check_launch(data: Mapping[str, Any]) -> Found:
+    """Machines and processes that contradict each other."""
+    low, high = (get(data, ("launch", "nodes", key), int, 1) for key in ("min", "max"))
+    if low > high:
+        yield ("launch", "nodes"), f"must be min <= max, got {low}, {high}", f"nodes: {{min: {low}, max: {low}}}"
+    if high > 1 and not get(data, ("launch", "rendezvous"), str, ""):
+        message = f"{high} machines must know where to meet"
+        yield ("launch", "nodes"), message, "add launch.rendezvous: HOST:PORT, the same on all of them"
+    if get(data, ("launch", "cpu_offload"), bool, False) and get(data, ("launch", "strategy"), str, "") == "ddp":
+        message = "ddp keeps the whole model on each device; only fsdp can offload it"
+        yield ("launch", "cpu_offload"), message, "set launch.strategy to fsdp"
+
+
+def check_loops(data: Mapping[str, Any]) -> Found:
+    """The training loop of `train`, and those that recover a compression step."""
+    loops: list[tuple[KeyPath, Mapping[str, Any]]] = [(("train",), get(data, ("train",), dict, {}))]
+    for i, step in enumerate(get(data, ("compress",), list, [])):
+        if isinstance(step, Mapping):
+            loops.append((("compress", i, "recover", "fit"), get(step, ("recover", "fit"), dict, {})))
+    for path, fit in loops:
+        yield from check_loop(path, fit, data)
+
+
+def check_loop(path: KeyPath, fit: Mapping[str, Any], data: Mapping[str, Any]) -> Found:
+    """One loop: every number of processes must share its batch evenly, in as many parts as it accumulates."""
     nproc = get(data, ("launch", "nproc"), int, LaunchConfig().nproc)
-    batch_size = get(data, ("train", "batch_size"), int, Fit().batch_size)
-    if has(data, "train") and nproc >= 1 and batch_size >= 1 and batch_size % nproc:
-        message = f"{batch_size} samples per step do not divide by launch.nproc = {nproc} processes"
-        yield ("train", "batch_size"), message, f"take {max(1, batch_size // nproc) * nproc}"
+    low, high = (get(data, ("launch", "nodes", key), int, 1) for key in ("min", "max"))
+    batch_size = get(fit, ("batch_size",), int, 0 if fit.get("batch_size") == "auto" or not fit else 64)
+    parts = get(fit, ("accumulate",), int, Fit().accumulate)
+    worlds = range(low * nproc, high * nproc + 1, nproc) if 1 <= low <= high <= 1024 and 1 <= nproc <= 1024 else ()
+    unequal = [world for world in worlds if parts >= 1 and batch_size >= 1 and batch_size % (world * parts)]
+    if unequal:
+        shares = math.lcm(*worlds) * parts
+        of = f" in {parts} parts each" if parts > 1 else ""
+        where = "launch.nproc" if high == 1 else "launch.nproc and launch.nodes"
+        message = f"{batch_size} samples per step do not divide by {unequal[0]} processes{of} ({where})"
+        yield (*path, "batch_size"), message, f"take {max(1, batch_size // shares) * shares}"
+    if get(fit, ("precision",), str, "") == "fp16" and get(data, ("launch", "device"), str, "") == "cpu":
+        message = "fp16 needs a GPU: a CPU emulates it, slower than fp32"
+        yield (*path, "precision"), message, "set it to auto"
+
+
+def check_batches(data: Mapping[str, Any]) -> Found:
+    """Batches that an engine is built for."""
     batch = ("export", "batch")
     default = BatchProfile()
     low = get(data, (*batch, "min"), int, default.min)

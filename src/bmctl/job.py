@@ -21,6 +21,7 @@ class Job(Strict):
         run: The run's directory, which holds the resolved recipe.
         resume: Go on from the newest checkpoint.
         overwrite: Do a finished stage again.
+        profile: Write a trace of a few steps into the run.
         start: The package of the run to train further; None trains the recipe's model as the run's first package.
     """
 
@@ -29,6 +30,7 @@ class Job(Strict):
     resume: bool = False
     overwrite: bool = False
     start: str | None = None
+    profile: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from bmctl.fit import Fit
 from bmctl.methods.ptq import ENOUGH
-from bmctl.schema import Fit, Strict
+from bmctl.schema import Strict
 from bmctl.sections import GatesConfig, Recipe
 
 

@@ -84,101 +84,6 @@ class Preprocess(Strict):
     crop: Ratio | None = None
 
 
-# -- training ---------------------------------------------------------------------------------------
-
-
-class SGD(Strict):
-    name: Literal["sgd"]
-    lr: Positive = 0.1
-    momentum: Ratio = 0.9
-    nesterov: bool = False
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-
-
-class Adam(Strict):
-    name: Literal["adam"]
-    lr: Positive = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-
-
-class AdamW(Strict):
-    name: Literal["adamw"] = "adamw"
-    lr: Positive = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-
-
-class RMSprop(Strict):
-    name: Literal["rmsprop"]
-    lr: Positive = 1e-3
-    alpha: Ratio = 0.99
-    momentum: Ratio = 0.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-
-
-Optimizer = Annotated[SGD | Adam | AdamW | RMSprop, Field(discriminator="name")]
-
-
-class Schedule(Strict):
-    """Learning rate over the steps: linear warm-up, then cosine decay or constant.
-
-    Attributes:
-        warmup: Fraction of all steps spent warming up from zero.
-        final: Learning rate at the end, as a fraction of the peak.
-    """
-
-    name: Literal["cosine", "constant"] = "cosine"
-    warmup: Ratio = 0.05
-    final: Ratio = 0.0
-
-
-class Fit(Strict):
-    """One training loop: the `train` section of a recipe, and the shape of a step's `recover`.
-
-    Attributes:
-        batch_size: Samples per optimizer step over all processes; it must divide by their number.
-        max_steps: Stops after this many optimizer steps, whatever `epochs` says.
-        precision: `auto` takes bf16 where the hardware has it and says so.
-        select: Weights that are kept: of the `best` validation epoch or the `last`.
-        checkpoint_every_steps: None means once an epoch.
-        grace_s: Seconds after a signal by which a checkpoint must be published.
-    """
-
-    epochs: Count = 10
-    max_steps: Count | None = None
-    batch_size: Count = 64
-    optimizer: Optimizer = AdamW()
-    schedule: Schedule = Schedule()
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    channels_last: bool = True
-    select: Literal["best", "last"] = "best"
-    checkpoint_every_steps: Count | None = None
-    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
-    grace_s: Positive = 30.0
-
-
-class Distill(Strict):
-    """Loss = (1 - weight) * task loss + weight * T^2 * KL(teacher || student), both softened by T.
-
-    Source: Hinton, Vinyals, Dean 2015, https://arxiv.org/abs/1503.02531
-    """
-
-    weight: Ratio = 0.7
-    temperature: Positive = 4.0
-
-
-class Recover(Strict):
-    """Fine-tuning after a module step.
-
-    Attributes:
-        fit: The training loop.
-        teacher: `original` is the run's first package; `none` trains on labels alone.
-    """
-
-    fit: Fit = Fit(epochs=3, optimizer=AdamW(lr=1e-3))
-    teacher: Literal["original", "none"] = "original"
-    distill: Distill = Distill()
-
-
 class StepConfig(Strict):
     """What every compression step has; each method's Config adds `method` and its own knobs.
 
@@ -187,12 +92,6 @@ class StepConfig(Strict):
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]{0,39}$")] | None = None
-
-
-class ModuleStepConfig(StepConfig):
-    """A step on the module's weights, which may be followed by fine-tuning."""
-
-    recover: Recover | None = None
 
 
 Emit = Callable[[Mapping[str, object]], None]

@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 from bmctl.backends import BACKENDS
 from bmctl.methods import METHODS
 from bmctl.models import ModelConfig
-from bmctl.schema import Count, Fit, Many, Positive, Ratio, Strict
+from bmctl.fit import Fit
+from bmctl.schema import Count, Many, Positive, Ratio, Strict
 from bmctl.sources import SOURCES
 from bmctl.tasks import TASKS
 
@@ -62,6 +63,13 @@ class AugmentConfig(Strict):
 
 
 class DataConfig(Strict):
+    """What a model is made and judged on.
+
+    Attributes:
+        num_workers: Loader processes of each training process; `auto` goes by the data and the cores.
+        prefetch: Batches that each of them prepares ahead.
+    """
+
     source: SourceConfig
     train: SplitConfig = SplitConfig()
     val: SplitConfig = SplitConfig()
@@ -69,16 +77,45 @@ class DataConfig(Strict):
     calib: CalibConfig = CalibConfig()
     preprocess: PreprocessConfig = PreprocessConfig()
     augment: AugmentConfig = AugmentConfig()
-    num_workers: Annotated[int, Field(ge=0, le=64)] = 0
+    num_workers: Annotated[int, Field(ge=0, le=64)] | Literal["auto"] = "auto"
+    prefetch: Annotated[int, Field(ge=1, le=64)] = 2
+
+
+class Nodes(Strict):
+    """How many machines take part: all of a range are waited for a while, then whoever is there begins."""
+
+    min: Annotated[int, Field(ge=1, le=1024)] = 1
+    max: Annotated[int, Field(ge=1, le=1024)] = 1
 
 
 class LaunchConfig(Strict):
-    """Where and with how many processes `train` and `distribute` run; threads of None means cores / nproc."""
+    """Where and with how many processes `train` and `distribute` run.
+
+    Attributes:
+        nproc: Processes on each machine.
+        nodes: Machines; a range is elastic: they may come and go.
+        rendezvous: ``HOST:PORT`` where machines meet; needed for more than one.
+        max_restarts: How often a group of processes of which one died is started again from its newest checkpoint.
+        threads: Of each process; None is its share of the cores.
+        timeout_s: Without a step, an evaluated batch or a saved file for so long, a process counts as hung.
+        strategy: `ddp` keeps the whole model in every process, `fsdp` a part; `auto` goes by size and memory.
+        cpu_offload: With fsdp on GPUs: parameters and optimizer state stay in the machine's memory.
+    """
 
     nproc: Annotated[int, Field(ge=1, le=1024)] = 1
+    nodes: Nodes = Nodes()
+    rendezvous: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-\[\]:]{1,253}:[0-9]{1,5}$")] | None = None
+    max_restarts: Annotated[int, Field(ge=0, le=100)] = 3
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Count | None = None
     timeout_s: Positive = 600.0
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    cpu_offload: bool = False
+
+    @property
+    def worlds(self) -> range:
+        """Every number of processes that may train together."""
+        return range(self.nodes.min * self.nproc, self.nodes.max * self.nproc + 1, self.nproc)
 
 
 class MeasureConfig(Strict):

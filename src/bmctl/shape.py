@@ -28,7 +28,9 @@ SHORTHAND: Mapping[KeyPath, str] = {
 DEFAULT_KIND: Mapping[KeyPath, str] = {
     ("task",): "classify",
     ("train", "optimizer"): "adamw",
+    ("train", "schedule"): "cosine",
     ("compress", "*", "recover", "fit", "optimizer"): "adamw",
+    ("compress", "*", "recover", "fit", "schedule"): "cosine",
 }
 """What such a mapping is where it does not say."""
 
@@ -48,8 +50,6 @@ def recipe_schema() -> dict[str, Any]:
         "description": "Recipes that this one is laid over: paths beside it, or names of built-in recipes.",
     }
     properties["model"] = {"anyOf": [{"type": "string"}, properties["model"]]}
-    fit = schema["$defs"]["Fit"]["properties"]
-    fit["schedule"] = {"anyOf": [{"type": "string"}, fit["schedule"]]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 

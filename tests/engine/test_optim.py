@@ -10,7 +10,7 @@ from torch import nn
 
 from bmctl.engine.optim import build_optimizer, learning_rate, load_optimizer, optimizer_tensors, set_learning_rate
 from bmctl.errors import PackageError
-from bmctl.schema import SGD, Adam, AdamW, RMSprop, Schedule
+from bmctl.fit import SGD, Adam, AdamW, Constant, Cosine, RMSprop
 
 CONFIGS = [
     AdamW(lr=0.01),
@@ -65,12 +65,12 @@ def test_a_state_of_another_model_is_refused() -> None:
 
 
 def test_the_rate_rises_and_falls() -> None:
-    cosine = Schedule(warmup=0.1, final=0.1)
+    cosine = Cosine(warmup=0.1, final=0.1)
     rates = [learning_rate(cosine, peak=2.0, step=step, num_steps=100) for step in range(100)]
     assert rates[0] == pytest.approx(0.2)
     assert rates[9] == rates[10] == max(rates) == 2.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[55] == pytest.approx(2.0 * 0.55)
     assert 0.2 < rates[-1] < 0.201
-    constant = Schedule(name="constant", warmup=0.0)
+    constant = Constant(name="constant", warmup=0.0)
     assert {learning_rate(constant, peak=2.0, step=step, num_steps=3) for step in range(3)} == {2.0}

@@ -15,7 +15,7 @@ from bmctl.engine import loop
 from bmctl.engine.optim import learning_rate
 from bmctl.engine.signals import Stop
 from bmctl.errors import DataError, DivergedError, InterruptedRunError, PackageError, PreemptedError, UsageError
-from bmctl.schema import Distill
+from bmctl.fit import Distill
 
 
 @pytest.fixture(params=["adamw", "sgd", "adam", "rmsprop"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,10 @@ from bmctl.engine.parallel import Group
 from bmctl.engine.signals import Stop
 from bmctl.recipe import Recipe
 from bmctl.schema import Emit
+
+
+def silent(step: int, doing: str) -> None:
+    """Nobody listens."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,9 @@ class StageContext:
         emit: Where progress goes; only rank 0's is shown.
         resume: Continue from the newest checkpoint that verifies.
         overwrite: Redo a finished stage.
+        profile: Write a trace of a few steps into the run.
+        beat: Called with the step and what is being done, at every step, evaluated batch and saved file: a process
+            from which nothing is heard for `launch.timeout_s` counts as hung.
     """
 
     run: Path
@@ -32,3 +40,5 @@ class StageContext:
     emit: Emit
     resume: bool = False
     overwrite: bool = False
+    profile: bool = False
+    beat: Callable[[int, str], None] = silent

@@ -80,7 +80,7 @@ def _batches(setting: Setting, step: int) -> Iterator[tuple[torch.Tensor, torch.
         rank=group.rank,
         world=group.world,
         start_step=first,
-        num_workers=data.num_workers if data is not None else 0,
+        num_workers=data.num_workers if data is not None and data.num_workers != "auto" else 0,
     )
     for x, y in batches:
         x = x.to(group.device, non_blocking=True, memory_format=layout if x.dim() == 4 else torch.preserve_format)

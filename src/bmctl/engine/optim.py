@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bmctl.errors import PackageError
-from bmctl.schema import SGD, Adam, AdamW, Optimizer, Schedule
+from bmctl.fit import SGD, Adam, AdamW, Optimizer, Schedule
 
 
 def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:

@@ -19,7 +19,8 @@ from bmctl.engine.optim import load_optimizer, optimizer_tensors
 from bmctl.engine.parallel import gather, settle
 from bmctl.engine.precision import Precision
 from bmctl.errors import BmctlError, DivergedError, PackageError, UsageError
-from bmctl.schema import Distill, Fit, Strict
+from bmctl.fit import Distill, Fit
+from bmctl.schema import Strict
 from bmctl.tasks import Evaluation
 
 if TYPE_CHECKING:

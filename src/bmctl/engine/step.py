@@ -22,7 +22,8 @@ from bmctl.errors import BmctlError, PackageError, RecipeError
 from bmctl.methods import METHODS, Meta, MethodContext
 from bmctl.package import Manifest, ModelPackage, Structure, derive, load_model, open_package, save_package
 from bmctl.recipe import recipe_yaml
-from bmctl.schema import ModuleStepConfig, Preprocess
+from bmctl.fit import ModuleStepConfig
+from bmctl.schema import Preprocess
 from bmctl.tasks import TASKS, Evaluation
 from bmctl.weights import save_weights
 

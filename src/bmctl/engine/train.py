@@ -22,7 +22,8 @@ from bmctl.engine.position import Position, Setting
 from bmctl.engine.precision import choose_precision
 from bmctl.errors import DataError, RecipeError
 from bmctl.recipe import Recipe
-from bmctl.schema import Distill, Fit, Strict
+from bmctl.fit import Distill, Fit
+from bmctl.schema import Strict
 from bmctl.tasks import Evaluation
 
 _FREE = {"keep_checkpoints", "checkpoint_every_steps", "grace_s"}

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from bmctl.schema import Count, Many, ModuleStepConfig
+from bmctl.fit import ModuleStepConfig
+from bmctl.schema import Count, Many
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from bmctl.schema import Count, Many, ModuleStepConfig
+from bmctl.fit import ModuleStepConfig
+from bmctl.schema import Count, Many
 
 if TYPE_CHECKING:
     import torch

@@ -12,6 +12,7 @@ from bmctl.schema import Count, Many, Strict
 
 T = TypeVar("T")
 
+Probability = Annotated[float, Field(ge=0, lt=1)]
 Argument = bool | int | float | str | Many[int]
 
 
@@ -20,11 +21,15 @@ class ModelConfig(Strict):
 
     Attributes:
         pretrained: Download the published weights; naming it is asking for the download.
+        dropout: Overrides the probability by which the model leaves activations out in training.
+        stochastic_depth: The same for whole residual branches, at the last block; less at those before it.
     """
 
     name: Annotated[str, Field(pattern=r"^(bmctl|torchvision|timm|transformers):[A-Za-z0-9_.\-/]{1,200}$")]
     args: dict[str, Argument] = Field(default_factory=dict)
     pretrained: bool = False
+    dropout: Probability | None = None
+    stochastic_depth: Probability | None = None
 
 
 class ModelSpec(Strict):
