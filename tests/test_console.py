@@ -35,7 +35,7 @@ with Console() as console:
                       "step": step, "steps": 40, "loss": 0.5, "metric": 0.861, "metric_name": "accuracy",
                       "samples_per_s": 812.3, "eta_s": 125})
         if step % 20 == 0:
-            console.emit({"event": "epoch", "stage": "train", "epoch": step // 20, "epochs": 2, "loss": 0.45,
+            console.emit({"event": "evaluation", "stage": "train", "epoch": step // 20, "epochs": 2, "loss": 0.45,
                           "val_metric": 0.852, "metric_name": "accuracy", "seconds": 14.2})
     console.emit({"event": "done", "stage": "train", "steps": 40, "val_metric": 0.852, "seconds": 28.4})
     console.emit({"event": "progress", "text": "evaluating on test", "done": 1, "total": 2})
@@ -198,7 +198,7 @@ def test_quiet_is_silent_but_for_data_and_errors(capsys: pytest.CaptureFixture[s
     with Console(quiet=True) as console:
         console.emit({"event": "start", "stage": "train", "steps": 1})
         console.emit({"event": "step", "stage": "train", "step": 1, "steps": 1})
-        console.emit({"event": "epoch", "stage": "train", "epoch": 1})
+        console.emit({"event": "evaluation", "stage": "train", "epoch": 1})
         console.note("a note")
         console.report(REPORT)
         console.data("data")
@@ -250,7 +250,15 @@ def test_every_kind_of_event_has_its_line(capsys: pytest.CaptureFixture[str]) ->
             {"event": "done", "stage": "infer", "steps": 1200, "seconds": 3.2, "backend": "openvino"},
             "infer: 1,200 samples in 3 s, on openvino",
         ),
-        ({"event": "epoch", "stage": "t", "epoch": 3, "epochs": 12, "loss": 0.4}, "t: epoch  3/12  loss 0.400"),
+        ({"event": "evaluation", "stage": "t", "epoch": 3, "epochs": 12, "loss": 0.4}, "t: epoch  3/12  loss 0.400"),
+        (
+            {"event": "evaluation", "stage": "t", "step": 50, "steps": 1200, "val_metric": 0.5},
+            "t: step   50/1200  val accuracy 50.0 %",
+        ),
+        (
+            {"event": "evaluation", "stage": "t", "epoch": 1, "epochs": 2, "step": 50, "steps": 100, "loss": 0.4},
+            "t: epoch 1/2  loss 0.400",
+        ),
     ):
         console.emit(event)
         assert capsys.readouterr().err == line + "\n"
@@ -258,7 +266,7 @@ def test_every_kind_of_event_has_its_line(capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize(
     "event",
-    ["start", "step", "progress", "epoch", "note", "skip", "stage", "stage_done", "artifact", "done", "new", None],
+    ["start", "step", "progress", "evaluation", "note", "skip", "stage", "stage_done", "artifact", "done", "new", None],
 )
 @pytest.mark.parametrize("live", [False, True])
 def test_events_may_lack_any_field(event: str | None, live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,6 +276,31 @@ def test_events_may_lack_any_field(event: str | None, live: bool, monkeypatch: p
         console.emit(
             {"event": event, "stage": "train", "loss": None, "step": "x", "steps": 0, "metrics": 3, "eta_s": -1}
         )
+        console.emit({"event": event, "stage": "train", "parts": 3})
+        console.emit({"event": event, "stage": "train", "parts": {"data": "x", "forward": 0}})
+
+
+PARTS = {"data": 0.16, "forward": 5.3, "backward": 8.9, "communication": 1.0, "optimizer": 0.84}
+
+
+def test_the_end_of_a_training_says_once_where_the_time_went(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console()
+    done = {"event": "done", "stage": "train", "steps": 1200, "val_metric": 0.9, "seconds": 20.0}
+    console.emit({**done, "parts": PARTS})
+    console.emit({**done, "parts": PARTS | {"communication": 0.0, "forward": 4000.0}})
+    console.emit({**done, "parts": dict.fromkeys(PARTS, 0.0)})
+    assert [line for line in capsys.readouterr().err.splitlines() if "kept weights" not in line] == [
+        "train: step 16.2 ms: data 1 %, forward 33 %, backward 55 %, communication 6 %, optimizer 5 %",
+        "train: step 4,010 ms: data 0 %, forward 100 %, backward 0 %, optimizer 0 %",
+    ]
+
+
+def test_a_bar_tells_of_starving_steps_where_there_is_room() -> None:
+    event = {"event": "step", "step": 1, "steps": 4, "loss": 0.5, "samples_per_s": 812.3, "parts": PARTS}
+    starving = {**event, "parts": PARTS | {"data": 14.2}}
+    assert "waiting for data 47 %" in wording.bar_words(starving, width=100)[1]
+    assert "data" not in wording.bar_words(starving, width=99)[1]
+    assert "data" not in wording.bar_words(event, width=200)[1]
 
 
 def test_events_for_the_log_alone_are_shown_with_v(capsys: pytest.CaptureFixture[str]) -> None:

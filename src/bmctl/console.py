@@ -258,6 +258,8 @@ class Console:
 def _finish(console: Console, event: Mapping[str, object], stage: str) -> None:
     console.clear()
     console.line(wording.done_line(event), stage=stage)
+    if split := wording.split_line(event):
+        console.line(split, stage=stage)
 
 
 def _as_known(error: BaseException) -> BmctlError:
@@ -277,7 +279,8 @@ SHOWN: Mapping[str, Callable[[Console, Mapping[str, object], str], None]] = {
     "start": lambda console, event, stage: console.heading(stage, wording.start_line(event)),
     "step": lambda console, event, stage: console.progress(event),
     "progress": lambda console, event, stage: console.progress(event),
-    "epoch": lambda console, event, stage: console.line(wording.epoch_line(event), stage=stage),
+    "epoch": lambda console, event, stage: console.line(wording.evaluation_line(event), stage=stage),
+    "evaluation": lambda console, event, stage: console.line(wording.evaluation_line(event), stage=stage),
     "note": lambda console, event, stage: console.note(str(event.get("text", "")), stage=stage),
     "skip": lambda console, event, stage: console.heading(stage, wording.skip_line(event)),
     "stage_done": lambda console, event, stage: console.line(wording.stage_done_line(event), stage=stage),
