@@ -56,19 +56,19 @@ class Stopwatch:
         key = (out_of, part)
         self._moved[key] = self._moved.get(key, 0.0) + seconds
 
-    def take(self) -> tuple[dict[str, float], int]:
-        """Mean milliseconds per part and step since this was asked last, and the number of those steps.
+    def take(self) -> dict[str, float]:
+        """Mean milliseconds per part and step since this was asked last.
 
         On a GPU this waits for the last lap.
         """
         self._fold()
-        steps, means = self._steps, _means(self._seconds, self._steps)
+        means = _means(self._seconds, self._steps)
         for part in PARTS:
             self._total[part] += self._seconds[part]
             self._seconds[part] = 0.0
-        self._total_steps += steps
+        self._total_steps += self._steps
         self._steps = 0
-        return means, steps
+        return means
 
     def overall(self) -> dict[str, float]:
         """Mean milliseconds per part and step, over all steps in this process."""
