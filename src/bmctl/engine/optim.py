@@ -1,79 +1,195 @@
-"""Optimizers as the recipe names them, their learning rate over the steps, and their state as flat tensors."""
+"""Optimizers as the recipe names them, and their state as flat tensors."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
+from bmctl.engine.groups import matrices, parameter_groups
+from bmctl.engine.schedule import learning_rate as learning_rate
 from bmctl.errors import PackageError
-from bmctl.fit import SGD, Adam, AdamW, Optimizer, Schedule
+from bmctl.fit import SGD, Adafactor, Adam, AdamW, Muon, Optimizer, RMSprop
+
+Read = Callable[[str, torch.Tensor | None], torch.Tensor]
+"""Gives the saved tensor of a key; for a DTensor as second argument, a DTensor that is spread in the same way."""
 
 
-def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
-    """torch's own optimizer over the trainable parameters, in its fused form where there is one."""
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    decay = config.weight_decay
-    if isinstance(config, AdamW):
-        return torch.optim.AdamW(weights, lr=config.lr, weight_decay=decay, fused=True)
-    if isinstance(config, Adam):
-        return torch.optim.Adam(weights, lr=config.lr, weight_decay=decay, fused=True)
-    if isinstance(config, SGD):
-        return torch.optim.SGD(
-            weights, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, weight_decay=decay, fused=True
-        )
-    return torch.optim.RMSprop(weights, lr=config.lr, alpha=config.alpha, momentum=config.momentum, weight_decay=decay)
+class Optimizers:
+    """Optimizers that together hold every trained parameter once, and step as one.
 
+    A GradScaler takes it for an optimizer: all parts step, or, on an overflow in any of them, none.
 
-def learning_rate(schedule: Schedule, *, peak: float, step: int, num_steps: int) -> float:
-    """Rate of step `step` (from 0) of `num_steps`: a linear rise to `peak`, then cosine decay or constant.
-
-    Source: Loshchilov, Hutter 2016, https://arxiv.org/abs/1608.03983
+    Args:
+        parts: torch's own, whose groups have a `scale`.
     """
-    num_warmup = round(schedule.warmup * num_steps)
-    if step < num_warmup:
-        return peak * (step + 1) / num_warmup
-    if schedule.name == "constant":
-        return peak
-    done = (step - num_warmup) / max(1, num_steps - num_warmup)
-    return peak * (schedule.final + (1 - schedule.final) * 0.5 * (1 + math.cos(math.pi * done)))
+
+    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Of all parts; a GradScaler reads their gradients."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def unscale(self, scaler: torch.amp.GradScaler) -> None:
+        """Divide the gradients by the scaler's factor, before they are clipped; nothing for a disabled scaler."""
+        scaler.unscale_(self)  # type: ignore[arg-type]
+
+    def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Change the weights; with a scaler whose gradients are not all finite, leave them as they are."""
+        if scaler is not None and scaler.is_enabled():
+            scaler.step(self)  # type: ignore[arg-type]
+            return
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, *, set_to_none: bool = True) -> None:
+        """Let go of all gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=set_to_none)
+
+    def set_rate(self, rate: float) -> None:
+        """The learning rate of the next step; each group's is `scale` times that."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate * group["scale"]
+
+    def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """The state by ``kind/parameter``, such as ``exp_avg/head.weight``: the very tensors, not copies.
+
+        Args:
+            model: Whose parameters the optimizers were built for; it gives the names.
+        """
+        states = {weight: state for part in self.parts for weight, state in part.state.items()}
+        return {
+            f"{kind}/{name}": value
+            for name, weight in model.named_parameters()
+            for kind, value in states.get(weight, {}).items()
+        }
+
+    def load(self, model: nn.Module, names: Iterable[str], read: Read) -> None:
+        """Put back what `tensors` gave, in place of any state there is.
+
+        Args:
+            model: As for `tensors`.
+            names: Of everything that was saved.
+
+        Raises:
+            PackageError: The state is of another model or another kind of optimizer.
+        """
+        saved: dict[str, list[str]] = {}
+        for key in names:
+            kind, _, name = key.partition("/")
+            saved.setdefault(name, []).append(kind)
+        owner = {weight: part for part in self.parts for group in part.param_groups for weight in group["params"]}
+        weights = {name: weight for name, weight in model.named_parameters() if weight in owner}
+        for part in self.parts:
+            part.state.clear()
+        for name, kinds in saved.items():
+            weight = weights.get(name)
+            expected = {} if weight is None else _state_of(owner[weight], weight)
+            strange = sorted(set(kinds) ^ set(expected))
+            if weight is None or strange:
+                what = f"{(strange or kinds)[0]}/{name}"
+                raise PackageError(
+                    f"the checkpoint's optimizer state {what} does not fit this model and its optimizer"
+                    if weight is None or strange[0] in kinds
+                    else f"the checkpoint has no optimizer state {what}",
+                    hint="go on with the recipe that it was made by, or begin anew with --overwrite",
+                )
+            owner[weight].state[weight] = {
+                kind: _fitted(f"{kind}/{name}", like, read) for kind, like in expected.items()
+            }
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+def build_optimizer(model: nn.Module, config: Optimizer) -> Optimizers:
+    """torch's own optimizers over the trainable parameters, fused where there is such a kernel, else by lists.
 
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The optimizer's state by ``kind/parameter``, such as ``exp_avg/head.weight``; scalars are float64 [1]."""
-    tensors = {}
-    for name, weight in model.named_parameters():
-        for kind, value in optimizer.state.get(weight, {}).items():
-            if value is not None:
-                is_tensor = isinstance(value, torch.Tensor)
-                tensors[f"{kind}/{name}"] = value if is_tensor else torch.tensor([value], dtype=torch.float64)
-    return tensors
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave.
+    Args:
+        model: With its parameters where they will stay: on the device, sharded.
 
     Raises:
-        PackageError: The state is of another model or another kind of optimizer.
+        RecipeError: `layer_decay` for a model without repeated blocks.
     """
-    weights = dict(model.named_parameters())
-    for key, saved in tensors.items():
-        kind, _, name = key.partition("/")
-        weight = weights.get(name)
-        if weight is None or (saved.dim() and saved.numel() > 1 and saved.shape != weight.shape):
-            raise PackageError(f"the checkpoint's optimizer state {key} {tuple(saved.shape)} does not fit this model")
-        if saved.shape == weight.shape and kind != "step":
-            # Fused kernels walk over memory: the state must lie there in the same order as its weight.
-            value = torch.empty_like(weight, dtype=saved.dtype, requires_grad=False).copy_(saved)
-        else:
-            value = saved.clone()
-            if kind == "step" and weight.device.type == "cuda":
-                value = value.to(weight.device)
-        optimizer.state[weight][kind] = value
+    if isinstance(config, Muon):
+        names = matrices(model)
+        rest = [name for name, _ in model.named_parameters() if name not in set(names)]
+        parts: list[torch.optim.Optimizer] = []
+        if groups := parameter_groups(model, config, only=set(names)):
+            parts.append(
+                torch.optim.Muon(groups, lr=config.lr, momentum=config.momentum, adjust_lr_fn="match_rms_adamw")
+            )
+        if groups := parameter_groups(model, config, only=set(rest)):
+            parts.append(torch.optim.AdamW(groups, lr=config.lr, fused=True))
+        return _started(parts, config.lr)
+    return _started([_one_part(parameter_groups(model, config), config)], config.lr)
+
+
+def _one_part(groups: list[Any], config: Optimizer) -> torch.optim.Optimizer:
+    if isinstance(config, AdamW):
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=True)
+    if isinstance(config, Adam):
+        return torch.optim.Adam(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=True)
+    if isinstance(config, SGD):
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    if isinstance(config, RMSprop):
+        return torch.optim.RMSprop(groups, lr=config.lr, alpha=config.alpha, momentum=config.momentum, foreach=True)
+    assert isinstance(config, Adafactor)
+    return torch.optim.Adafactor(groups, lr=config.lr, foreach=True)
+
+
+def _started(parts: list[torch.optim.Optimizer], rate: float) -> Optimizers:
+    optimizers = Optimizers(parts)
+    optimizers.set_rate(rate)
+    return optimizers
+
+
+# -- state --------------------------------------------------------------------------------------------
+
+
+def _state_of(part: torch.optim.Optimizer, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What `part` keeps for one parameter, by kind: tensors of the shape, type, place and layout that it gives them."""
+    like = weight.detach()
+    group = part.param_groups[0]
+    # Fused kernels count where the weight lies, the others where the loop runs.
+    step = {"step": torch.empty((), dtype=torch.float32, device=weight.device if group.get("fused") else "cpu")}
+    if isinstance(part, torch.optim.AdamW | torch.optim.Adam):
+        return step | {"exp_avg": like, "exp_avg_sq": like}
+    if isinstance(part, torch.optim.RMSprop):
+        return step | {"square_avg": like} | ({"momentum_buffer": like} if group["momentum"] else {})
+    if isinstance(part, torch.optim.Adafactor):
+        if weight.dim() < 2:
+            return step | {"variance": like}
+        rows, columns = list(weight.shape), list(weight.shape)
+        rows[-1] = columns[-2] = 1
+        return step | {"row_var": like.new_empty(rows), "col_var": like.new_empty(columns)}
+    return {"momentum_buffer": like} if group["momentum"] or isinstance(part, torch.optim.Muon) else {}
+
+
+def _fitted(key: str, like: torch.Tensor, read: Read) -> torch.Tensor:
+    """The saved tensor of a key in the layout of `like`: kernels walk over memory, and take it to be the weight's."""
+    found = read(key, like)
+    if found.shape != like.shape and not (found.numel() == like.numel() == 1) or found.dtype != like.dtype:
+        raise PackageError(
+            f"the checkpoint's optimizer state {key} {tuple(found.shape)} does not fit this model",
+            hint="go on with the recipe that it was made by, or begin anew with --overwrite",
+        )
+    return torch.empty_like(like, memory_format=torch.preserve_format).copy_(found.reshape(like.shape))
+
+
+# -- the loop's earlier names ---------------------------------------------------------------------------
+
+
+def set_learning_rate(optimizer: Optimizers, rate: float) -> None:
+    optimizer.set_rate(rate)
+
+
+def optimizer_tensors(optimizer: Optimizers, model: nn.Module) -> dict[str, torch.Tensor]:
+    return optimizer.tensors(model)
+
+
+def load_optimizer(optimizer: Optimizers, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    optimizer.load(model, tensors, lambda key, like: tensors[key])
