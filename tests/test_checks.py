@@ -37,6 +37,21 @@ def found(text: str) -> list[str]:
         ("name: r\nmodel: {name: bmctl:rescn}", "model.name", "must be one of"),
         (FULL + "train: {batch_size: 10}\nlaunch: {nproc: 4}", "train.batch_size", "do not divide by launch.nproc = 4"),
         (FULL + "train: {}\nlaunch: {nproc: 3}", "train.batch_size", "64 samples"),
+        (FULL + "train: {batch_size: 12, accumulate: 8}", "train.batch_size", "of 8 parts each"),
+        (
+            FULL + "train: {batch_size: 8}\nlaunch: {nproc: 2, nodes: {max: 3}, rendezvous: 'a:1'}",
+            "train.batch_size",
+            "do not divide by 6 processes, which launch.nodes allows",
+        ),
+        (
+            FULL + "compress: [{method: svd, recover: {fit: {batch_size: 3}}}]\nlaunch: {nproc: 2}",
+            "compress.0.recover.fit.batch_size",
+            "3 samples",
+        ),
+        (FULL + "train: {precision: fp16}\nlaunch: {device: cpu}", "train.precision", "fp16 needs a GPU"),
+        (FULL + "launch: {nodes: {min: 3, max: 2}, rendezvous: 'a:1'}", "launch.nodes", "must be min <= max, got 3, 2"),
+        (FULL + "launch: {nodes: {max: 2}}", "launch.nodes", "2 machines must know where to meet"),
+        (FULL + "launch: {strategy: ddp, cpu_offload: true}", "launch.cpu_offload", "only fsdp can offload it"),
         (FULL + "export: {batch: {min: 4, opt: 2}}", "export.batch", "got 4, 2, 64"),
         (FULL + "export: {batch: {max: 4}}", "export.batch", "got 1, 8, 4"),
         (

@@ -219,7 +219,7 @@ def test_problems_are_located_in_the_file_that_says_it(write: Write) -> None:
     assert [line for line in found if "hint" not in line] == [
         "parts/base.yaml:3:3: train.epochs: must be at least 1, got 0",
         "parts/base.yaml:5:1: sed: unknown key",
-        "r.yaml:2:9: train.batch_size: must be at least 1, got -1",
+        "r.yaml:2:9: train.batch_size: must be at least 1 or auto, got -1",
     ]
 
 

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from bmctl.backends import BACKENDS
 from bmctl.diagnosis import did_you_mean, own_models, shown
-from bmctl.methods import METHODS
 from bmctl.fit import Fit
+from bmctl.methods import METHODS
 from bmctl.sections import BatchProfile, ExportConfig, LaunchConfig, MeasureConfig
 from bmctl.yamlio import KeyPath
 
@@ -81,9 +81,11 @@ def check_launch(data: Mapping[str, Any]) -> Found:
 
 def check_loops(data: Mapping[str, Any]) -> Found:
     """The training loop of `train`, and those that recover a compression step."""
-    loops: list[tuple[KeyPath, Mapping[str, Any]]] = [(("train",), get(data, ("train",), dict, {}))]
+    loops: list[tuple[KeyPath, Mapping[str, Any]]] = []
+    if isinstance(data.get("train"), Mapping):
+        loops.append((("train",), data["train"]))
     for i, step in enumerate(get(data, ("compress",), list, [])):
-        if isinstance(step, Mapping):
+        if isinstance(step, Mapping) and isinstance(step.get("recover"), Mapping):
             loops.append((("compress", i, "recover", "fit"), get(step, ("recover", "fit"), dict, {})))
     for path, fit in loops:
         yield from check_loop(path, fit, data)
@@ -93,15 +95,20 @@ def check_loop(path: KeyPath, fit: Mapping[str, Any], data: Mapping[str, Any]) -
     """One loop: every number of processes must share its batch evenly, in as many parts as it accumulates."""
     nproc = get(data, ("launch", "nproc"), int, LaunchConfig().nproc)
     low, high = (get(data, ("launch", "nodes", key), int, 1) for key in ("min", "max"))
-    batch_size = get(fit, ("batch_size",), int, 0 if fit.get("batch_size") == "auto" or not fit else 64)
+    batch_size = 0 if fit.get("batch_size") == "auto" else get(fit, ("batch_size",), int, 64)
     parts = get(fit, ("accumulate",), int, Fit().accumulate)
     worlds = range(low * nproc, high * nproc + 1, nproc) if 1 <= low <= high <= 1024 and 1 <= nproc <= 1024 else ()
     unequal = [world for world in worlds if parts >= 1 and batch_size >= 1 and batch_size % (world * parts)]
     if unequal:
         shares = math.lcm(*worlds) * parts
-        of = f" in {parts} parts each" if parts > 1 else ""
-        where = "launch.nproc" if high == 1 else "launch.nproc and launch.nodes"
-        message = f"{batch_size} samples per step do not divide by {unequal[0]} processes{of} ({where})"
+        by = (
+            f"launch.nproc = {unequal[0]} processes"
+            if high == 1
+            else f"{unequal[0]} processes, which launch.nodes allows"
+        )
+        message = f"{batch_size} samples per step do not divide by {by}" + (
+            f" of {parts} parts each" if parts > 1 else ""
+        )
         yield (*path, "batch_size"), message, f"take {max(1, batch_size // shares) * shares}"
     if get(fit, ("precision",), str, "") == "fp16" and get(data, ("launch", "device"), str, "") == "cpu":
         message = "fp16 needs a GPU: a CPU emulates it, slower than fp32"

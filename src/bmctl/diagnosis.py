@@ -54,10 +54,13 @@ def explain(error: ValidationError, *, data: Any, places: Mapping[KeyPath, str])
     for group in found.values():
         # A value that fits no member of a union fails once per member: what is wrong inside the fitting one tells more.
         deep = [one for one in group if one["type"] not in WRONG_TYPE or one["path"] != group[0]["path"]]
-        if deep or len(group) == 1:
+        if all(one["type"] == "literal_error" for one in deep):
+            deep = []  # a word that would do as well: "a whole number or one of auto"
+        if len({one["path"] for one in deep or group}) > 1 or len(deep or group) == 1:
             problems += [describe_error(one, data, places) for one in deep or group]
         else:
-            problems.append(describe_error(group[0], data, places, expected=[expectation(one) for one in group]))
+            alike = deep or group
+            problems.append(describe_error(alike[0], data, places, expected=[expectation(one) for one in alike]))
     return problems
 
 
@@ -130,7 +133,8 @@ def expectation(error: Mapping[str, Any]) -> str:
     """What should have been there."""
     kind, context = error["type"], error.get("ctx", {})
     if kind == "literal_error":
-        return re.sub(r"'([^']*)'", r"\1", f"one of {context['expected']}".replace(" or ", ", "))
+        choices = re.sub(r"'([^']*)'", r"\1", str(context["expected"])).replace(" or ", ", ")
+        return f"one of {choices}" if "," in choices else choices
     if kind == "string_pattern_mismatch":
         shape = tuple("*" if isinstance(key, int) else key for key in error["path"])
         return PATTERNS.get(shape, f"text that matches {context['pattern']}")
@@ -190,7 +194,8 @@ def unknown_key_hint(path: KeyPath, data: Any) -> str:
     known = shape.siblings(parent, data)
     if close := did_you_mean(key.replace("-", "_"), known):
         return close
-    elsewhere = [".".join(one) for one in shape.all_paths() if one[-1] == key]
+    # Its own place stands for another member of a union, such as sgd's momentum where adam was chosen.
+    elsewhere = [".".join(one) for one in shape.all_paths() if one[-1] == key and one != path]
     if elsewhere:
         return f"did you mean {min(elsewhere, key=len)}?"
     return f"known here: {', '.join(known)}" if known else "remove it"

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union
 from pydantic import Field, model_validator
 
 from bmctl.backends import BACKENDS
+from bmctl.fit import Fit
 from bmctl.methods import METHODS
 from bmctl.models import ModelConfig
-from bmctl.fit import Fit
 from bmctl.schema import Count, Many, Positive, Ratio, Strict
 from bmctl.sources import SOURCES
 from bmctl.tasks import TASKS

@@ -19,10 +19,10 @@ from bmctl.engine.data import array_batches, data_fingerprint, open_split
 from bmctl.engine.graph import export_onnx
 from bmctl.engine.parallel import settle
 from bmctl.errors import BmctlError, PackageError, RecipeError
+from bmctl.fit import ModuleStepConfig
 from bmctl.methods import METHODS, Meta, MethodContext
 from bmctl.package import Manifest, ModelPackage, Structure, derive, load_model, open_package, save_package
 from bmctl.recipe import recipe_yaml
-from bmctl.fit import ModuleStepConfig
 from bmctl.schema import Preprocess
 from bmctl.tasks import TASKS, Evaluation
 from bmctl.weights import save_weights
