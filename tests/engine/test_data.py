@@ -15,6 +15,7 @@ from PIL import Image
 
 from bmctl.engine import data
 from bmctl.engine.leaks import check_leaks
+from bmctl.engine.order import balanced_order, sample_order
 from bmctl.errors import DataError, RecipeError, ResourceError
 from bmctl.schema import Preprocess
 from bmctl.sections import AugmentConfig, Recipe
@@ -61,7 +62,7 @@ def test_a_limit_takes_the_classes_in_equal_numbers() -> None:
 
 def test_unequal_classes_are_balanced_as_long_as_they_last() -> None:
     labels = np.array([0] * 50 + [2] * 3 + [1] * 10)
-    order = data.balanced_order(labels)
+    order = balanced_order(labels)
     assert sorted(order) == list(range(63))
     assert np.bincount(labels[order[:9]]).tolist() == [3, 3, 3]
     assert np.bincount(labels[order[:13]]).tolist() == [5, 5, 3]
@@ -109,10 +110,10 @@ def augmented() -> data.Split:
 
 
 def test_every_epoch_is_another_permutation() -> None:
-    orders = [data.sample_order(100, seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)]
+    orders = [sample_order(100, seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)]
     assert all(sorted(order) == list(range(100)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
-    assert data.sample_order(5, seed=0, epoch=0).tolist() == [2, 4, 1, 0, 3]  # on every machine
+    assert sample_order(5, seed=0, epoch=0).tolist() == [2, 4, 1, 0, 3]  # on every machine
 
 
 def test_all_but_an_incomplete_batch_is_seen_once() -> None:
@@ -216,6 +217,7 @@ def test_a_killed_loader_process_is_told() -> None:
 LEFT_OPEN = """
 import os, signal
 from bmctl.engine import data
+from bmctl.engine.order import balanced_order, sample_order
 from bmctl.sections import Recipe
 recipe = Recipe.model_validate({"name": "x", "model": {"name": "bmctl:mlp"}, "data": {"source": {"kind": "digits"}}})
 split = data.open_split(recipe, name="train", preprocess=data.resolve_preprocess(recipe))

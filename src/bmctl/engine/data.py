@@ -10,15 +10,15 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from bmctl.engine import images
-from bmctl.engine.chance import hash_integers, shuffled
-from bmctl.engine.loader import Batch, load
+from bmctl.engine.chance import hash_integers
+from bmctl.engine.loader import Batch, open_loader
+from bmctl.engine.order import Plan, balanced_order, sample_order
 from bmctl.errors import DataError, RecipeError
 from bmctl.models import InputDefaults, input_defaults
 from bmctl.schema import Preprocess
@@ -41,8 +41,6 @@ class Split:
         labels: int64 [N].
         fingerprint: Changes when the samples or the choice among them do.
         augment: None for unaugmented samples.
-        seed: Of the augmentation.
-        epoch: Of the augmentation.
     """
 
     samples: Samples
@@ -51,8 +49,6 @@ class Split:
     preprocess: Preprocess
     fingerprint: str
     augment: AugmentConfig | None = None
-    seed: int = 0
-    epoch: int = 0
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -61,18 +57,33 @@ class Split:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def arrays(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """float32 [n, C, H, W] and int64 [n]."""
-        chosen = self.indices[indices]
-        pixels = images.resize(self.samples.read(chosen), self.preprocess)
-        if self.augment is not None:
-            pixels = augment(pixels, chosen, config=self.augment, seed=self.seed, epoch=self.epoch)
-        return images.normalise(pixels, self.preprocess), self.labels[indices]
+    @property
+    def in_memory(self) -> bool:
+        return isinstance(self.samples, ArraySamples)
 
-    def __getitems__(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        """The batch that torch's DataLoader asks for: float32 [n, C, H, W] and int64 [n]."""
-        x_nCHW, labels = self.arrays(np.asarray(indices, dtype=np.int64))
-        return torch.from_numpy(x_nCHW), torch.from_numpy(labels)
+    def arrays(self, positions: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Unaugmented: float32 [n, C, H, W] and int64 [n]."""
+        pixels = images.resize(self.samples.read(self.indices[positions]), self.preprocess)
+        return images.normalise(pixels, self.preprocess), self.labels[positions]
+
+    def order(self, *, seed: int, epoch: int) -> np.ndarray:
+        """int64 [N]: the positions of one epoch of training."""
+        return sample_order(len(self), seed=seed, epoch=epoch)
+
+    def pixel_batches(self, plan: Plan, *, first: int = 0, every: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Augmented batches: uint8 [n, H, W, c] and int64 [n].
+
+        Args:
+            plan: Which part of which epoch.
+            first: Counted from the plan's own first step.
+            every: 1 gives all steps from there, 2 every second one.
+        """
+        for positions in plan.steps(self.order(seed=plan.seed, epoch=plan.epoch))[first::every]:
+            chosen = self.indices[positions]
+            pixels = images.resize(self.samples.read(chosen), self.preprocess)
+            if self.augment is not None:
+                pixels = augment(pixels, chosen, config=self.augment, seed=plan.seed, epoch=plan.epoch)
+            yield pixels, self.labels[positions]
 
 
 def open_split(recipe: Recipe, *, name: str, preprocess: Preprocess, augment: bool = False) -> Split:
@@ -97,7 +108,6 @@ def open_split(recipe: Recipe, *, name: str, preprocess: Preprocess, augment: bo
         preprocess=preprocess,
         fingerprint=hashlib.sha256(samples.fingerprint.encode() + chosen).hexdigest(),
         augment=data.augment if augment and data.augment != AugmentConfig() else None,
-        seed=recipe.seed,
     )
 
 
@@ -123,27 +133,6 @@ def data_fingerprint(recipe: Recipe) -> str:
     return digest.hexdigest()
 
 
-def balanced_order(labels: np.ndarray) -> np.ndarray:
-    """An order of which every beginning holds the classes in equal numbers, as far as they last.
-
-    Args:
-        labels: int64 [N].
-
-    Returns:
-        int64 [N], the same for the same labels.
-    """
-    order = shuffled(len(labels), keys=())
-    by_class = order[np.argsort(labels[order], kind="stable")]
-    counts = np.bincount(labels)
-    rank_in_class = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return by_class[np.argsort(rank_in_class, kind="stable")]
-
-
-def sample_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
-    """int64 [num_samples]: the permutation of one epoch, the same in every process and with every NumPy."""
-    return shuffled(num_samples, keys=(1, seed, epoch))
-
-
 def train_batches(
     split: Split,
     *,
@@ -154,34 +143,38 @@ def train_batches(
     world: int = 1,
     start_step: int = 0,
     num_workers: int = 0,
+    prefetch: int = 2,
+    pin: bool = False,
 ) -> Iterator[Batch]:
-    """One epoch of shuffled, augmented batches; the last, incomplete one is dropped.
+    """One epoch of shuffled, augmented batches by a loader of its own: see `open_loader`, which makes many.
 
     Args:
         split: What to train on.
         seed: Of order and augmentation.
         epoch: Of order and augmentation.
-        batch_size: Samples of a step over all processes.
+        batch_size: Samples of a step over all processes; the last, incomplete step is dropped.
         rank: This process; it gets its slice of every batch, so that a step is the same for any `world`.
         world: Number of processes.
         start_step: Steps of this epoch that are done already.
         num_workers: Processes that decode and assemble; 0 does it here. The batches are the same.
+        prefetch: Batches that each of them prepares ahead.
+        pin: Page-locked memory.
 
     Raises:
         DataError: Fewer samples than one step, or a file that cannot be read.
         ResourceError: A loader process died.
     """
-    if batch_size % world:
-        raise ValueError(f"batch_size {batch_size} does not divide by {world} processes")
-    if len(split) < batch_size:
-        raise DataError(
-            f"the training split has {len(split)} samples, fewer than one step of {batch_size}",
-            hint=f"--set train.batch_size={max(1, len(split) // 2)}",
-        )
-    split = replace(split, seed=seed, epoch=epoch)
-    steps = sample_order(len(split), seed=seed, epoch=epoch)
-    steps = steps[: len(split) // batch_size * batch_size].reshape(-1, world, batch_size // world)
-    return load(split, list(steps[start_step:, rank]), num_workers=num_workers)
+    with open_loader(
+        split,
+        seed=seed,
+        batch_size=batch_size,
+        rank=rank,
+        world=world,
+        num_workers=num_workers,
+        prefetch=prefetch,
+        pin=pin,
+    ) as loader:
+        yield from loader.batches(epoch=epoch, start_step=start_step)
 
 
 def array_batches(split: Split, *, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
