@@ -12,6 +12,7 @@ BmctlError                  1   a bug: anything that is none of the below
 ├── WorkerError            10   a worker or peer failed or timed out
 ├── UnsupportedError       11   operator or graph not supported, already quantized, nothing left to prune
 ├── PreemptedError         75   a checkpoint was published; run the same command again
+├── StuckError             93   no progress in three starts; running the same command again will not help
 └── InterruptedRunError   130   Ctrl-C (143 for SIGTERM)
 """
 
@@ -133,6 +134,10 @@ class UnsupportedError(BmctlError):
 
 class PreemptedError(BmctlError):
     exit_code = 75
+
+
+class StuckError(BmctlError):
+    exit_code = 93
 
 
 class InterruptedRunError(BmctlError):
