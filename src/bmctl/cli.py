@@ -48,6 +48,7 @@ Source = Annotated[
     str | None, typer.Argument(metavar="[PACKAGE|RUN|ONNX]", help="What to start from; else the newest run.")
 ]
 Trained = Annotated[str | None, typer.Argument(metavar="[PACKAGE|RUN]", help="A package to train further.")]
+Profile = Annotated[bool, typer.Option("--profile", help="Trace a few training steps, into the run's profile folder.")]
 Method = Annotated[str | None, typer.Option("--method", help="Which method; its knobs are given by --set KNOB=VALUE.")]
 
 
@@ -101,21 +102,22 @@ def run(
     flags: Flags,
     first: Annotated[str, typer.Option("--from", help="First stage: train, compress, export or infer.")] = "train",
     last: Annotated[str, typer.Option("--to", help="Last stage.")] = "infer",
+    profile: Profile = False,
 ) -> int:
     """Do every section of a recipe: train, compress, export, infer."""
     from bmctl import pipeline
     from bmctl.session import Options
 
-    return pipeline.run(Options(**flags), first=first, last=last)
+    return pipeline.run(Options(**flags), first=first, last=last, profile=profile)
 
 
 @command(STAGES)
-def train(flags: Flags, source: Trained = None) -> int:
+def train(flags: Flags, source: Trained = None, profile: Profile = False) -> int:
     """Train the recipe's model, or a package further; the result is a package."""
     from bmctl import pipeline
     from bmctl.session import Options
 
-    return pipeline.train(Options(**flags), source=source)
+    return pipeline.train(Options(**flags), source=source, profile=profile)
 
 
 @command(STAGES)
@@ -123,12 +125,13 @@ def distribute(
     flags: Flags,
     source: Trained = None,
     nproc: Annotated[int | None, typer.Option("--nproc", help="Processes on this machine.")] = None,
+    profile: Profile = False,
 ) -> int:
     """Train with several processes: torchrun, run for you."""
     from bmctl import pipeline
     from bmctl.session import Options
 
-    return pipeline.train(Options(**flags), source=source, nproc=nproc)
+    return pipeline.train(Options(**flags), source=source, nproc=nproc, profile=profile)
 
 
 @command(STAGES)

@@ -29,7 +29,7 @@ DEFAULT_METHOD = {"prune": "structured", "quantize": "ptq", "lowrank": "svd"}
 # -- commands ---------------------------------------------------------------------------------------
 
 
-def run(options: Options, *, first: str, last: str) -> int:
+def run(options: Options, *, first: str, last: str, profile: bool = False) -> int:
     """Every section of a recipe, from stage `first` to stage `last`."""
     for flag, name in (("--from", first), ("--to", last)):
         if name not in STAGES:
@@ -44,7 +44,7 @@ def run(options: Options, *, first: str, last: str) -> int:
     with opened(options, target) as session:
         if options.overwrite:
             clear(session.run, keep=0 if first == "train" else 1)
-        start = _first_package(session) if {"train", "compress"} & set(chosen) else None
+        start = _first_package(session, profile=profile) if {"train", "compress"} & set(chosen) else None
         if "compress" in chosen and start is not None:
             _compress(session, start=start)
         if "export" in chosen:
@@ -54,7 +54,7 @@ def run(options: Options, *, first: str, last: str) -> int:
         return _finish(session)
 
 
-def train(options: Options, *, source: str | None = None, nproc: int | None = None) -> int:
+def train(options: Options, *, source: str | None = None, nproc: int | None = None, profile: bool = False) -> int:
     """Train, or train a package further; with several processes where the recipe or `nproc` says so."""
     target = find_target(options, source, extra=[f"launch.nproc={nproc}"] if nproc is not None else [])
     if target.recipe.train is None:
@@ -66,9 +66,9 @@ def train(options: Options, *, source: str | None = None, nproc: int | None = No
         if options.overwrite and session.leads and start is None:
             clear(session.run)
         if start is None:
-            _first_package(session, may_be_imported=False)
+            _first_package(session, may_be_imported=False, profile=profile)
         else:
-            _train(session, start=start)
+            _train(session, start=start, profile=profile)
         return _finish(session) if session.leads else 0
 
 
@@ -168,7 +168,7 @@ def evaluate(options: Options, *, source: str | None, split: str) -> int:
 # -- what the commands are made of -------------------------------------------------------------------
 
 
-def _first_package(session: Session, *, may_be_imported: bool = True) -> package.ModelPackage:
+def _first_package(session: Session, *, may_be_imported: bool = True, profile: bool = False) -> package.ModelPackage:
     """The run's first package: found, or trained now."""
     run, recipe = session.run, session.recipe
     found = package.list_packages(run)
@@ -182,17 +182,18 @@ def _first_package(session: Session, *, may_be_imported: bool = True) -> package
             f"{run} has no package, and recipe {recipe.name!r} has no train section",
             hint=f"add a train section, or start from a pretrained model: bmctl import timm:NAME -o {run}",
         )
-    _train(session)
+    _train(session, profile=profile)
     return package.open_package(package.list_packages(run)[0])
 
 
-def _train(session: Session, *, start: package.ModelPackage | None = None) -> None:
+def _train(session: Session, *, start: package.ModelPackage | None = None, profile: bool = False) -> None:
     options, recipe = session.options, session.recipe
     job = Job(
         run=str(session.run),
         resume=options.resume,
         overwrite=options.overwrite,
         start=str(start.path) if start else None,
+        profile=profile,
     )
     launch(job, recipe.launch, emit=session.emit)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +31,20 @@ def train(context: Any, *, steps: int, said: list[str], planned: int | None = No
 def num_matmuls(path: Path) -> int:
     events = json.loads(path.read_text())["traceEvents"]
     return sum(event.get("name") == "aten::addmm" for event in events)
+
+
+def test_nothing_is_printed(tmp_path: Path) -> None:
+    """In a process of its own: the profiler's library asks only once how much it may say."""
+    here = Path(__file__).parents[2]
+    code = (
+        f"import sys; sys.path.insert(0, {str(here)!r})\n"
+        "from pathlib import Path\n"
+        "from tests.engine.test_tracing import make_context, train\n"
+        f"train(make_context(Path({str(tmp_path)!r})), steps=20, said=[])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+    assert (tmp_path / "profile" / "train-rank-0.json").is_file()
 
 
 def test_a_few_steps_after_warm_up_are_traced(tmp_path: Path) -> None:

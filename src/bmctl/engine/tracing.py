@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,8 @@ class Tracer:
         if num_steps < 2:
             note(f"--profile: of {num_steps} steps nothing is traced, two are needed: one warms up")
             return
+        # Kineto writes its own stages, and that a CPU has no GPU, to stderr; it asks the environment when first used.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         self._sort_by = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
         kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
         self._profiler = profile(
