@@ -32,9 +32,13 @@ _DISK_ERRNOS = {
 
 
 def reach(point: str) -> None:
-    """Mark a point of the save protocol; ``BMCTL_FAULT=POINT`` kills there, ``POINT=ENOSPC`` fails with that errno."""
+    """Mark a point of the save protocol, where a test may break it.
+
+    ``BMCTL_FAULT=POINT[@RANK][=ERRNO]`` kills the process there, or fails with that errno, on every rank or on one.
+    """
     wanted, _, code = os.environ.get("BMCTL_FAULT", "").partition("=")
-    if wanted != point:
+    wanted, _, rank = wanted.partition("@")
+    if wanted != point or (rank and rank != os.environ.get("RANK", "0")):
         return
     if code:
         raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
@@ -132,7 +136,9 @@ def replace_link(link: Path, target_name: str) -> None:
             temporary.symlink_to(target_name)
             reach("store:link-made")
             temporary.replace(link)
+            reach("store:link-renamed")
             sync_directory(link.parent)
+            reach("store:link-synced")
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -146,8 +152,10 @@ def check_room(directory: Path, *, size_bytes: int) -> None:
     """
     with disk_errors(directory / "probe"):
         directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".probe-{os.getpid()}-{secrets.token_hex(4)}"
+        reach("store:probe")
+        probe = hidden_sibling(directory / "probe", "tmp")  # so named, a killed process's is cleared away
         write_atomic(probe, b"probe\n")
+        reach("store:probed")
         probe.unlink()
         free = shutil.disk_usage(directory).free
     if free < size_bytes:

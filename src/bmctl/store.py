@@ -15,6 +15,7 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -52,6 +53,73 @@ class FileRecord(Strict):
 # -- publishing -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A directory that is being filled, and not yet there for anybody.
+
+    Attributes:
+        path: Hidden, beside `target`; other processes may write into it too.
+        handle: Holds the lock that tells others that somebody is still at work here.
+    """
+
+    target: Path
+    path: Path
+    overwrite: bool
+    handle: int
+
+
+def begin_publishing(target: Path, *, overwrite: bool = False) -> Draft:
+    """Make the hidden directory; `commit` or `abandon` must follow.
+
+    Raises:
+        ResourceError: `target` exists, or the disk is full, read-only or not ours.
+    """
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _refuse_existing(target, overwrite=overwrite)
+        remove_leftovers(target.parent)
+        temporary = hidden_sibling(target, "tmp")
+        temporary.mkdir()
+        draft = Draft(target, temporary, overwrite, os.open(temporary, os.O_RDONLY | os.O_DIRECTORY))
+        try:
+            fcntl.flock(draft.handle, fcntl.LOCK_EX)
+            reach("store:begun")
+        except BaseException:
+            abandon(draft)
+            raise
+        return draft
+
+
+def commit(draft: Draft) -> None:
+    """Sync every file, rename, sync the parent: the draft becomes its target, durably and at once.
+
+    The manifest (`write_manifest`) must have been written, last of all. After an error `abandon` must follow.
+
+    Raises:
+        ResourceError: The target was made by another process meanwhile, or the disk says no.
+    """
+    with disk_errors(draft.target):
+        reach("store:written")
+        if not (draft.path / MANIFEST).is_file():
+            raise ValueError(f"nothing wrote {MANIFEST} for {draft.target}")
+        sync_tree(draft.path)
+        reach("store:synced")
+        _refuse_existing(draft.target, overwrite=draft.overwrite)
+        old = _move_into_place(draft.path, draft.target, overwrite=draft.overwrite)
+        reach("store:renamed")
+        sync_directory(draft.target.parent)
+        reach("store:done")
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+        os.close(draft.handle)
+
+
+def abandon(draft: Draft) -> None:
+    """Remove what was written; what was published already stays."""
+    shutil.rmtree(draft.path, ignore_errors=True)
+    os.close(draft.handle)
+
+
 @contextmanager
 def publishing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a hidden directory beside `target`; when the block ends well it becomes `target`, durably and at once.
@@ -65,34 +133,14 @@ def publishing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         ResourceError: `target` exists, or the disk is full, read-only or not ours.
     """
-    with disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _refuse_existing(target, overwrite=overwrite)
-        remove_leftovers(target.parent)
-        temporary = hidden_sibling(target, "tmp")
-        temporary.mkdir()
-        handle = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)  # tells remove_leftovers that somebody is still at work here
-            reach("store:begun")
-            yield temporary
-            reach("store:written")
-            if not (temporary / MANIFEST).is_file():
-                raise ValueError(f"nothing wrote {MANIFEST} for {target}")
-            sync_tree(temporary)
-            reach("store:synced")
-            _refuse_existing(target, overwrite=overwrite)
-            old = _move_into_place(temporary, target, overwrite=overwrite)
-            reach("store:renamed")
-            sync_directory(target.parent)
-            reach("store:done")
-            if old is not None:
-                shutil.rmtree(old, ignore_errors=True)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        finally:
-            os.close(handle)
+    draft = begin_publishing(target, overwrite=overwrite)
+    try:
+        with disk_errors(target):
+            yield draft.path
+            commit(draft)
+    except BaseException:
+        abandon(draft)
+        raise
 
 
 # -- manifests and hashes ---------------------------------------------------------------------------
@@ -138,7 +186,7 @@ def read_manifest(directory: Path, model: type[T]) -> T:
         PackageError: It is missing, not JSON, made by a newer bmctl, or not such a manifest.
     """
     path = directory / MANIFEST
-    raw = _read_regular(path)
+    raw = read_regular(path)
     try:
         fields = json.loads(raw.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -156,6 +204,26 @@ def read_manifest(directory: Path, model: type[T]) -> T:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise PackageError(f"{path} is not a bmctl {model.__name__}: {where}: {first['msg']}") from error
+
+
+def read_regular(path: Path) -> bytes:
+    """The bytes of a small regular file; symbolic links are not followed.
+
+    Raises:
+        PackageError: It is missing, not a regular file, too large, or cannot be read.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise PackageError(f"{path} is missing", hint="name a package, or a run that has one") from error
+    except OSError as error:
+        why = "is a symbolic link" if path.is_symlink() else f"cannot be read: {error.strerror}"
+        raise PackageError(f"{path} {why}") from error
+    with os.fdopen(handle, "rb") as file:
+        info = os.fstat(handle)
+        if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_MANIFEST_BYTES:
+            raise PackageError(f"{path} is not a regular file of at most {MAX_MANIFEST_BYTES} bytes")
+        return file.read()
 
 
 def manifest_hash(directory: Path) -> str:
@@ -260,21 +328,6 @@ def _list_files(directory: Path) -> Iterator[str]:
                 raise PackageError(f"{here / name} is not a regular file")
         for name in files:
             yield (here / name).relative_to(directory).as_posix()
-
-
-def _read_regular(path: Path) -> bytes:
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise PackageError(f"{path} is missing", hint="name a package, or a run that has one") from error
-    except OSError as error:
-        why = "is a symbolic link" if path.is_symlink() else f"cannot be read: {error.strerror}"
-        raise PackageError(f"{path} {why}") from error
-    with os.fdopen(handle, "rb") as file:
-        info = os.fstat(handle)
-        if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_MANIFEST_BYTES:
-            raise PackageError(f"{path} is not a manifest: a regular file of at most {MAX_MANIFEST_BYTES} bytes")
-        return file.read()
 
 
 def _refuse_constant(text: str) -> float:

@@ -94,7 +94,13 @@ def test_what_is_not_finite_is_never_published(tmp_path: Path, kind: str, value:
     assert (tmp_path / "latest").resolve().name == "step-00000001"
 
 
-FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+FILES = [
+    "model-rank-0.safetensors",
+    "optimizer-rank-0.safetensors",
+    "index.json",
+    "state.json",
+    "manifest.json",
+]
 
 
 def truncate(path: Path) -> None:
@@ -154,7 +160,7 @@ def test_a_forged_state_is_refused(tmp_path: Path, text: str) -> None:
 def test_forged_tensors_are_refused(tmp_path: Path) -> None:
     save(tmp_path, 1)
     path = tmp_path / "step-00000001"
-    (path / "model.safetensors").write_bytes(b"\x80\x04.")  # a pickle
+    (path / "model-rank-0.safetensors").write_bytes(b"\x80\x04.")  # a pickle
     _record_again(path)
     with pytest.raises(PackageError, match="cannot be read"):
         checkpoint.load(path)

@@ -1,99 +1,42 @@
 """Checkpoints of one training loop: RUN/checkpoints/STAGE/step-NNNNNNNN, published whole or not at all.
 
-model.safetensors      parameters and buffers by name
-optimizer.safetensors  state by ``kind/parameter``
-best.safetensors       parameters and buffers of the best validation so far, where that is another step
-state.json             position, best value, and every generator's state, per rank
-manifest.json          what it is a checkpoint of, and the size and hash of every file
+KIND-rank-N.safetensors   what rank N wrote of each kind of tensors: its shards, and on rank 0 all that is not sharded
+index.json                which slice of which tensor lies where
+state.json                position, best value, scaler, and per rank every generator's state and running sums
+manifest.json             what it is a checkpoint of, and the size and hash of every file
+
+`saver` writes them. They are read here by any number of processes, sharded in any way.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from torch.distributed.tensor import DTensor
 
-from bmctl import __version__, store
-from bmctl.errors import DataError, DivergedError, PackageError
-from bmctl.package import installed_versions
-from bmctl.schema import Many, Strict
+from bmctl import store
+from bmctl.disk import disk_errors, hidden_sibling, reach, remove_leftovers
+from bmctl.engine import pieces
+from bmctl.engine.pieces import Entry, Index, Piece
+from bmctl.engine.state import KINDS as KINDS
+from bmctl.engine.state import CheckpointManifest, Snapshot, State
+from bmctl.engine.state import Identity as Identity
+from bmctl.engine.state import Tensors as Tensors
+from bmctl.engine.state import check_identity as check_identity
+from bmctl.errors import PackageError
 
 STATE = "state.json"
-FILES = ("model", "optimizer", "best")
-Tensors = dict[str, torch.Tensor]
+INDEX = "index.json"
 
-
-class Identity(Strict):
-    """What a checkpoint belongs to; it can be continued only by the same.
-
-    Attributes:
-        optimizer: Name of the optimizer.
-        data_fingerprint: Of the training data.
-        settings: Everything else that decides what the steps do.
-    """
-
-    optimizer: str
-    data_fingerprint: str
-    settings: dict[str, Any]
-
-
-class CheckpointManifest(Strict):
-    format: Literal[1] = 1
-    bmctl: str = __version__
-    stage: str
-    step: int
-    best_step: int | None
-    num_steps: int
-    identity: Identity
-    world: int
-    threads: int
-    device: str
-    parent: str | None
-    versions: dict[str, str]
-    files: dict[str, store.FileRecord]
-
-
-class State(Strict):
-    """Where a training loop stands.
-
-    Attributes:
-        step: Optimizer steps done.
-        validated_step: The step of the last validation.
-        best_value: Of the task's metric, at `best_step`.
-        loss_sum: Over the samples of this epoch so far; likewise score_sum.
-        num_seen: Samples of this epoch so far, over all ranks.
-        seed: Of the sampler; with `epoch` and `num_seen` it says which sample comes next.
-        random: Every rank's generators.
-    """
-
-    step: int = 0
-    validated_step: int = 0
-    best_step: int | None = None
-    best_value: float | None = None
-    loss_sum: float = 0.0
-    score_sum: float = 0.0
-    num_seen: int = 0
-    seed: int = 0
-    epoch: int = 0
-    random: Many[dict[str, Any]] = ()
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """All that a training loop needs to go on."""
-
-    model: Tensors
-    optimizer: Tensors
-    best: Tensors
-    state: State
+# -- the folder ---------------------------------------------------------------------------------------
 
 
 def folder_of(run: Path, stage: str) -> Path:
@@ -110,122 +53,58 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def check_room(folder: Path, model: torch.nn.Module) -> None:
+def check_room(folder: Path, model: torch.nn.Module, *, with_ema: bool = False) -> None:
     """Before the first step: is there room for a checkpoint, and can one be written, synced and renamed?
+
+    Args:
+        model: Whole or sharded.
+        with_ema: An average of its weights is saved too.
 
     Raises:
         ResourceError: No; it says how many bytes are needed.
     """
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     # Model, two moments and the best weights, with one checkpoint kept while the next is written.
-    store.check_room(folder, size_bytes=2 * (4 * weights + 2**20))
-
-
-def save(
-    folder: Path, snapshot: Snapshot, *, step: int, keep: int, fields: Mapping[str, Any], note: Callable[[str], None]
-) -> Path:
-    """Publish a checkpoint, point `latest` at it, and remove the ones that are no longer needed.
-
-    Args:
-        folder: RUN/checkpoints/STAGE.
-        snapshot: Tensors on any device.
-        step: Optimizer steps done.
-        keep: Newest checkpoints to keep, beside the best.
-        fields: Of the manifest: stage, best_step, num_steps, identity, world, threads, device.
-        note: Takes a sentence for the user.
-
-    Raises:
-        DivergedError: A tensor is not finite; nothing was published.
-        ResourceError: The step is published already, or the disk says no.
-    """
-    for kind in FILES:
-        _check_finite(getattr(snapshot, kind), what=f"{kind} after step {step}")
-    older = steps_in(folder)
-    parent = store.manifest_hash(path_of(folder, older[-1])) if older else None
-    with store.publishing(path_of(folder, step)) as temporary:
-        for kind in FILES:
-            tensors = getattr(snapshot, kind)
-            if tensors:
-                # A copy each: safetensors refuses tensors that share memory, such as tied weights.
-                save_file({name: _plain(one) for name, one in tensors.items()}, temporary / f"{kind}.safetensors")
-        (temporary / STATE).write_text(snapshot.state.model_dump_json(), encoding="utf-8")
-        manifest = CheckpointManifest(
-            step=step, parent=parent, versions=installed_versions(), files=store.records(temporary), **fields
-        )
-        store.write_manifest(temporary, manifest)
-    store.replace_link(folder / "latest", path_of(folder, step).name)
-    _retain(folder, keep=keep, best_step=manifest.best_step, note=note)
-    return path_of(folder, step)
+    store.check_room(folder, size_bytes=2 * ((4 + with_ema) * weights + 2**20))
 
 
 def find_newest(folder: Path, *, note: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that verifies; worse ones are set aside as ``.corrupt``, and said aloud."""
-    for step in reversed(steps_in(folder)):
-        path = path_of(folder, step)
-        try:
-            _verified(path)
-        except PackageError as error:
-            aside = _set_aside(path)
-            note(f"{error.message}; set aside as {aside.name}")
-            continue
-        return path
+    """The newest checkpoint that verifies; worse ones are set aside as ``.corrupt``, and said aloud.
+
+    What a killed process left half done is cleared away, and `latest` points to what was found.
+
+    Raises:
+        ResourceError: The folder cannot be written.
+    """
+    if not folder.is_dir():
+        return None
+    with disk_errors(folder / "latest"):
+        remove_leftovers(folder)
+        for step in reversed(steps_in(folder)):
+            path = path_of(folder, step)
+            try:
+                verified(path)
+            except PackageError as error:
+                note(f"{error.message}; set aside as {set_aside(path).name}")
+                continue
+            point_latest(folder, path.name)
+            return path
+        point_latest(folder, None)
     return None
 
 
-def load(path: Path) -> tuple[Snapshot, CheckpointManifest]:
-    """Read a checkpoint that `find_newest` found.
-
-    Raises:
-        PackageError: It does not verify, or is not a checkpoint.
-    """
-    manifest = _verified(path)
-    try:
-        found = {kind: path / f"{kind}.safetensors" for kind in FILES}
-        tensors = {kind: load_file(file) if file.name in manifest.files else {} for kind, file in found.items()}
-        state = State.model_validate_json((path / STATE).read_bytes())
-    except (SafetensorError, ValidationError, OSError) as error:
-        raise PackageError(f"{path} cannot be read: {error}") from error
-    return Snapshot(**tensors, state=state), manifest
+def point_latest(folder: Path, name: str | None) -> None:
+    """Let `latest` be a link to the checkpoint `name`; without one there is none."""
+    link = folder / "latest"
+    if name is None:
+        if link.is_symlink():
+            link.unlink()
+    elif not link.is_symlink() or str(link.readlink()) != name:
+        store.replace_link(link, name)
 
 
-def check_identity(path: Path, found: Identity, expected: Identity) -> None:
-    """Refuse to go on from a checkpoint of another training.
-
-    Raises:
-        PackageError: Another optimizer or other settings.
-        DataError: The data changed.
-    """
-    hint = "go on with the recipe and data it was begun with, or add --overwrite to start again"
-    if found.optimizer != expected.optimizer:
-        raise PackageError(
-            f"{path} holds the state of {found.optimizer}; the recipe says {expected.optimizer}", hint=hint
-        )
-    if found.data_fingerprint != expected.data_fingerprint:
-        raise DataError(f"{path} was made on other data: the data set changed since", hint=hint)
-    changes = list(_changes(found.settings, expected.settings))
-    if changes:
-        raise PackageError(f"{path} was made by another recipe: {'; '.join(changes[:5])}", hint=hint)
-
-
-def discard(folder: Path) -> None:
-    """Remove all checkpoints of a stage that is begun again."""
-    if folder.is_dir():
-        shutil.rmtree(folder)
-
-
-# -- details ----------------------------------------------------------------------------------------
-
-
-def _verified(path: Path) -> CheckpointManifest:
-    manifest = store.read_manifest(path, CheckpointManifest)
-    for name in ("model.safetensors", STATE):
-        if name not in manifest.files:
-            raise PackageError(f"{path / store.MANIFEST} does not record {name}")
-    store.verify(path, manifest.files)
-    return manifest
-
-
-def _set_aside(path: Path) -> Path:
+def set_aside(path: Path) -> Path:
+    """Rename a checkpoint that does not verify; returns its new name."""
     aside, count = path.with_name(f"{path.name}.corrupt"), 1
     while aside.exists():
         count += 1
@@ -234,38 +113,171 @@ def _set_aside(path: Path) -> Path:
     return aside
 
 
-def _retain(folder: Path, *, keep: int, best_step: int | None, note: Callable[[str], None]) -> None:
-    """Keep the best and the newest `keep` that verify; what does not verify is never deleted."""
-    kept = 0
-    for step in reversed(steps_in(folder)):
-        path = path_of(folder, step)
-        try:
-            _verified(path)
-        except PackageError as error:
-            note(f"{error.message}; set aside as {_set_aside(path).name}")
-            continue
-        kept += 1
-        if kept > keep and step != best_step:
-            shutil.rmtree(path)
+def remove(path: Path) -> None:
+    """Remove a directory so that a process killed meanwhile leaves it whole, or hidden and to be cleared away."""
+    hidden = hidden_sibling(path, "tmp")
+    path.rename(hidden)
+    reach("store:removing")
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _check_finite(tensors: Tensors, *, what: str) -> None:
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise DivergedError(
-                f"{what}: {name} is no longer finite; the checkpoints before it are kept",
-                hint="lower the learning rate: --set train.optimizer.lr=...",
+def discard(folder: Path) -> None:
+    """Remove all checkpoints of a stage that is begun again.
+
+    Raises:
+        ResourceError: The disk says no.
+    """
+    with disk_errors(folder):
+        if folder.is_dir():
+            remove_leftovers(folder.parent)
+            remove(folder)
+
+
+# -- reading ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that verified; its tensors are read when they are asked for."""
+
+    path: Path
+    manifest: CheckpointManifest
+    state: State
+    index: Index
+    _files: dict[str, Any]
+
+    def names(self, kind: str) -> list[str]:
+        """Of the tensors of a kind."""
+        return list(self.index.tensors.get(kind, {}))
+
+    def entry(self, kind: str, name: str) -> Entry:
+        """Whole shape, dtype and pieces of a tensor.
+
+        Raises:
+            PackageError: There is none of that name.
+        """
+        found = self.index.tensors.get(kind, {}).get(name)
+        if found is None:
+            raise PackageError(f"{self.path} does not fit this training: it has no {kind} tensor {name}")
+        return found
+
+    def read(self, kind: str, name: str, like: torch.Tensor | None = None) -> torch.Tensor:
+        """A tensor, whole, on the CPU; or what this process needs of it.
+
+        Args:
+            kind: One of KINDS.
+            like: Of the same shape. The result is on its device; for a DTensor, it is one that is spread in the same
+                way, and only this process's slices are read.
+
+        Raises:
+            PackageError: There is no such tensor, it has another shape, or its file cannot be read.
+        """
+        entry = self.entry(kind, name)
+        if like is not None and tuple(like.shape) != entry.shape:
+            raise PackageError(
+                f"{self.path} does not fit this training: {kind} {name} has shape {list(entry.shape)} there, "
+                f"{list(like.shape)} here"
             )
+        box = tuple((0, size) for size in entry.shape) if like is None else pieces.held_box(like)
+        assert box is not None, "a process that holds no part of a tensor does not read it"
+        try:
+            found = pieces.assemble(entry, box, read=self._read)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise PackageError(f"{self.path}: {kind} {name} cannot be read: {error}") from error
+        if isinstance(like, DTensor):
+            return pieces.like_dtensor(found, like)
+        return found if like is None else found.to(like.device)
+
+    def _read(self, piece: Piece, source: tuple[slice, ...]) -> torch.Tensor:
+        file = self._files[piece.file]
+        return file.get_slice(piece.key)[source] if source else file.get_tensor(piece.key)
 
 
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+def open_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
+    """Open a checkpoint's directory, or `latest`.
+
+    Args:
+        path: The directory.
+        verify: Hash every file; False only where that was just done.
+
+    Raises:
+        PackageError: Missing, corrupt, incomplete, of another format, or its index does not match its files.
+    """
+    path = path.resolve() if path.is_symlink() else path
+    manifest = verified(path, hashes=verify)
+    try:
+        state = State.model_validate_json(store.read_regular(path / STATE))
+        index = Index.model_validate_json(store.read_regular(path / INDEX))
+        files = {name: safe_open(path / name, "pt") for name in manifest.files if name not in (STATE, INDEX)}
+    except (SafetensorError, ValidationError, OSError) as error:
+        raise PackageError(f"{path} cannot be read: {error}") from error
+    if state.step != manifest.step:
+        raise PackageError(f"{path}: its manifest is of step {manifest.step}, its state of step {state.step}")
+    check_index(path, index, files, world=manifest.world)
+    return Checkpoint(path, manifest, state, index, files)
 
 
-def _changes(old: Any, new: Any, *, path: str = "") -> Iterator[str]:
-    """Sentences on what differs, by dotted path."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            yield from _changes(old.get(key), new.get(key), path=f"{path}.{key}" if path else key)
-    elif old != new:
-        yield f"{path} was {old}, is {new}"
+def check_index(path: Path, index: Index, files: dict[str, Any], *, world: int) -> None:
+    """Hold the index against the headers of the files.
+
+    Raises:
+        PackageError: It names what is not there, or leaves out what is, or the pieces of a tensor do not fill it.
+    """
+    unread = {(name, key) for name, file in files.items() for key in file.keys()}  # noqa: SIM118  (no dict)
+    for kind, tensors in index.tensors.items():
+        if kind not in KINDS:
+            raise PackageError(f"{path / INDEX} holds tensors of an unknown kind {kind!r}")
+        for name, entry in tensors.items():
+            what = f"{path / INDEX}: {kind} {name}"
+            if len(entry.pieces) > world:
+                raise PackageError(f"{what} has more pieces than there were processes")
+            for piece in entry.pieces:
+                if piece.file not in files or not re.fullmatch(rf"{kind}-rank-\d+\.safetensors", piece.file):
+                    raise PackageError(f"{what} is said to be in {piece.file!r}, which is no such file of it")
+                if (piece.file, piece.key) not in unread:
+                    raise PackageError(f"{what}: {piece.file} has no {piece.key!r}, or it is of another tensor")
+                unread.remove((piece.file, piece.key))
+                there = files[piece.file].get_slice(piece.key)
+                if (tuple(there.get_shape()), there.get_dtype()) != (piece.shape, entry.dtype):
+                    raise PackageError(f"{what} has another shape or dtype in {piece.file}")
+            pieces.check_entry(entry, what=what)
+    if unread:
+        raise PackageError(f"{path / INDEX} leaves out {sorted(unread)[0][1]!r} of {sorted(unread)[0][0]}")
+
+
+def verified(path: Path, *, hashes: bool = True) -> CheckpointManifest:
+    """The manifest of a checkpoint whose files are what it says.
+
+    Raises:
+        PackageError: Something is missing, changed or added, or it is no checkpoint.
+    """
+    manifest = store.read_manifest(path, CheckpointManifest)
+    for name in (INDEX, STATE):
+        if name not in manifest.files:
+            raise PackageError(f"{path / store.MANIFEST} does not record {name}")
+    if hashes:
+        store.verify(path, manifest.files)
+    return manifest
+
+
+# -- to be removed with the loop that calls them -------------------------------------------------------
+
+
+def save(
+    folder: Path, snapshot: Snapshot, *, step: int, keep: int, fields: Mapping[str, Any], note: Callable[[str], None]
+) -> Path:
+    """Publish a checkpoint from one process, before this returns."""
+    from bmctl.engine.parallel import Group
+    from bmctl.engine.saver import Saver
+
+    group = Group(rank=0, local_rank=0, world=1, device=torch.device("cpu"), threads=1)
+    saver = Saver(folder, group=group, keep=keep, asynchronous=False, note=note)
+    saver.begin(snapshot, step=step, fields=fields)
+    return path_of(folder, step)
+
+
+def load(path: Path) -> tuple[Snapshot, CheckpointManifest]:
+    """All tensors of a checkpoint, whole."""
+    found = open_checkpoint(path)
+    tensors = {kind: {name: found.read(kind, name) for name in found.names(kind)} for kind in KINDS}
+    return Snapshot(**tensors, state=found.state), found.manifest
