@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from bmctl.errors import BmctlError, DependencyError, RecipeError, UsageError, WorkerError, error_from_dict
 from bmctl.recipe import LaunchConfig
@@ -71,6 +72,11 @@ def join(launch: LaunchConfig) -> Group:
                 hint="check that every node resolves and reaches that host and port",
             ) from error
     return Group(rank=rank, local_rank=local_rank, world=world, device=device, threads=threads)
+
+
+def mesh_of(group: Group) -> DeviceMesh:
+    """All processes, along the one dimension there is: `data`, over which batches are cut and parameters sharded."""
+    return init_device_mesh(group.device.type, (group.world,), mesh_dim_names=("data",))
 
 
 def leave(group: Group) -> None:
