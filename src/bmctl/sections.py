@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from bmctl.backends import BACKENDS
 from bmctl.fit import Fit
@@ -55,11 +55,43 @@ class PreprocessConfig(Strict):
     crop: Ratio | None = None
 
 
-class AugmentConfig(Strict):
-    """Training only: mirror half of the images, shift each by up to `shift` pixels."""
+class CropConfig(Strict):
+    """A random part of the image, scaled to the input size.
 
+    Attributes:
+        scale: Its share of the area: least and most.
+        ratio: Its width over its height: least and most.
+    """
+
+    scale: Many[Annotated[float, Field(gt=0, le=1)]] = Field(default=(0.08, 1.0), min_length=2, max_length=2)
+    ratio: Many[Annotated[float, Field(gt=0, le=100)]] = Field(default=(3 / 4, 4 / 3), min_length=2, max_length=2)
+
+    @field_validator("scale", "ratio")
+    @classmethod
+    def least_first(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if values[0] > values[1]:
+            raise ValueError(f"must be [least, most], got {list(values)}")
+        return values
+
+
+class AugmentConfig(Strict):
+    """Training only; what happens to a sample depends on the seed, the epoch and which sample it is.
+
+    Attributes:
+        crop: Cut out a random part; without, images are brought to size as for evaluation.
+        flip: Mirror half of the images.
+        shift: Up to so many pixels up, down, left and right.
+        brightness: Times a factor of up to this much below or above 1; likewise contrast and saturation.
+        erase: Share of the images of which a rectangle is painted over with the mean colour.
+    """
+
+    crop: CropConfig | None = None
     flip: bool = False
     shift: Annotated[int, Field(ge=0, le=64)] = 0
+    brightness: Ratio = 0.0
+    contrast: Ratio = 0.0
+    saturation: Ratio = 0.0
+    erase: Ratio = 0.0
 
 
 class DataConfig(Strict):

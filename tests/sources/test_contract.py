@@ -11,7 +11,7 @@ from bmctl.errors import DependencyError
 from bmctl.schema import Strict
 from bmctl.sources import SOURCES, digits
 
-from .conftest import SaveImages
+from .conftest import SaveImages, write_lines, write_shards
 from .test_idx import write
 
 
@@ -27,6 +27,8 @@ def configs(tmp_path: Path, save_images: SaveImages) -> dict[str, Strict]:
         "folder": {"root": str(tmp_path / "data")},
         "csv": {"path": str(tmp_path / "list.csv")},
         "idx": {"root": str(tmp_path)},
+        "webdataset": {"shards": str(write_shards(tmp_path / "tars", files=2, samples=15))},
+        "stream": {"path": str(write_lines(tmp_path / "part.jsonl.gz", count=30))},
     }
     return {
         kind: source.Config.model_validate({"kind": kind, **fields.get(kind, {})}) for kind, source in SOURCES.items()

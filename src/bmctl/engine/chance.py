@@ -22,6 +22,11 @@ def hash_integers(values: np.ndarray, *, keys: Sequence[int]) -> np.ndarray:
     return _mix(np.asarray(values).astype(np.uint64) + state)
 
 
+def uniform(values: np.ndarray, *, keys: Sequence[int]) -> np.ndarray:
+    """float64 [n] in [0, 1), one per integer."""
+    return (hash_integers(values, keys=keys) >> np.uint64(11)) * 2.0**-53
+
+
 def shuffled(num: int, *, keys: Sequence[int]) -> np.ndarray:
     """int64 [num]: a permutation of 0 .. num - 1."""
     return np.argsort(hash_integers(np.arange(num), keys=keys), kind="stable")

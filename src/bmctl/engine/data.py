@@ -11,24 +11,27 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from bmctl.engine import images
-from bmctl.engine.chance import hash_integers
+from bmctl.engine.augment import augment, crop_boxes
 from bmctl.engine.loader import Batch, open_loader
-from bmctl.engine.order import Plan, balanced_order, sample_order
+from bmctl.engine.order import Plan, balanced_order, sample_order, windowed_order
 from bmctl.errors import DataError, RecipeError
 from bmctl.models import InputDefaults, input_defaults
 from bmctl.schema import Preprocess
 from bmctl.sections import AugmentConfig, DataConfig, Recipe
-from bmctl.sources import SOURCES, Samples
+from bmctl.sources import SOURCES, Pictures, Samples, Sharded, Stream
 from bmctl.sources.samples import ArraySamples
 
 PROBE = 1000
 """Files that are decoded for size, channels, mean and std where the recipe leaves them to the data."""
 DECODERS = min(4, os.cpu_count() or 1)
+MOST_OF_STREAM = 4096
+"""Calibration samples of a stream, which is read in order, so that its beginning need not hold all classes."""
 _CHUNK = 2048
 
 
@@ -37,7 +40,7 @@ class Split:
     """The chosen samples of one split, as the model sees them.
 
     Attributes:
-        indices: int64 [N], into `samples`, in a class-balanced order.
+        indices: int64 [N], into `samples`, in a class-balanced order; ascending for a stream.
         labels: int64 [N].
         fingerprint: Changes when the samples or the choice among them do.
         augment: None for unaugmented samples.
@@ -63,11 +66,22 @@ class Split:
 
     def arrays(self, positions: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Unaugmented: float32 [n, C, H, W] and int64 [n]."""
-        pixels = images.resize(self.samples.read(self.indices[positions]), self.preprocess)
-        return images.normalise(pixels, self.preprocess), self.labels[positions]
+        return self._unaugmented(self._decoded(self.indices[positions]), positions)
+
+    def arrays_in_order(self, steps: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """`arrays` of each step, in one pass for a stream whose steps are in its order."""
+        if not isinstance(self.samples, Stream):
+            yield from map(self.arrays, steps)
+            return
+        pictures = self.samples.pictures(self.indices[np.concatenate(steps)] if steps else [])
+        for positions in steps:
+            yield self._unaugmented(list(islice(pictures, len(positions))), positions)
 
     def order(self, *, seed: int, epoch: int) -> np.ndarray:
         """int64 [N]: the positions of one epoch of training."""
+        if isinstance(self.samples, Sharded) and self.samples.window is not None:
+            parts = self.samples.parts[self.indices]
+            return windowed_order(parts, window=self.samples.window, seed=seed, epoch=epoch)
         return sample_order(len(self), seed=seed, epoch=epoch)
 
     def pixel_batches(self, plan: Plan, *, first: int = 0, every: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -78,12 +92,33 @@ class Split:
             first: Counted from the plan's own first step.
             every: 1 gives all steps from there, 2 every second one.
         """
-        for positions in plan.steps(self.order(seed=plan.seed, epoch=plan.epoch))[first::every]:
+        steps = plan.steps(self.order(seed=plan.seed, epoch=plan.epoch))[first::every]
+        stream = self.samples.pictures(self.indices[steps.ravel()]) if isinstance(self.samples, Stream) else None
+        for positions in steps:
             chosen = self.indices[positions]
-            pixels = images.resize(self.samples.read(chosen), self.preprocess)
-            if self.augment is not None:
-                pixels = augment(pixels, chosen, config=self.augment, seed=plan.seed, epoch=plan.epoch)
-            yield pixels, self.labels[positions]
+            pictures = self._decoded(chosen) if stream is None else list(islice(stream, len(chosen)))
+            yield self._augmented(pictures, chosen, plan), self.labels[positions]
+
+    def _decoded(self, indices: np.ndarray) -> Sequence[images.Picture] | np.ndarray:
+        if isinstance(self.samples, Pictures):
+            return list(self.samples.pictures(indices))
+        return self.samples.read(indices)
+
+    def _unaugmented(
+        self, pictures: Sequence[images.Picture] | np.ndarray, positions: Sequence[int] | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return images.prepare(pictures, self.preprocess), self.labels[positions]
+
+    def _augmented(self, pictures: Sequence[images.Picture] | np.ndarray, chosen: np.ndarray, plan: Plan) -> np.ndarray:
+        """uint8 [n, H, W, c]."""
+        config, boxes = self.augment, None
+        if config is not None and config.crop is not None:
+            sizes = np.array([images.size_of(picture) for picture in pictures])
+            boxes = crop_boxes(sizes, chosen, config=config.crop, seed=plan.seed, epoch=plan.epoch)
+        pixels = images.resize(pictures, self.preprocess, boxes=boxes)
+        if config is None:
+            return pixels
+        return augment(pixels, chosen, config=config, seed=plan.seed, epoch=plan.epoch, fill=self.preprocess.mean)
 
 
 def open_split(recipe: Recipe, *, name: str, preprocess: Preprocess, augment: bool = False) -> Split:
@@ -183,47 +218,21 @@ def array_batches(split: Split, *, batch_size: int) -> Iterator[tuple[np.ndarray
     if isinstance(split.samples, ArraySamples):
         yield from map(split.arrays, steps)
         return
-    # Files: threads decode the next batches while the caller works on this one.
+    # Files: threads decode the next batches while the caller works on this one; of a stream only one can.
+    streamed = split.arrays_in_order(steps) if isinstance(split.samples, Stream) else None
+    num_threads = DECODERS if streamed is None else 1
     waiting: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
-    with ThreadPoolExecutor(DECODERS) as pool:
+    with ThreadPoolExecutor(num_threads) as pool:
         try:
             for step in steps:
-                waiting.append(pool.submit(split.arrays, step))
-                if len(waiting) > DECODERS:
+                waiting.append(pool.submit(split.arrays, step) if streamed is None else pool.submit(next, streamed))
+                if len(waiting) > num_threads:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
             for each in waiting:
                 each.cancel()
-
-
-def augment(pixels: np.ndarray, indices: np.ndarray, *, config: AugmentConfig, seed: int, epoch: int) -> np.ndarray:
-    """Mirror and shift each image; what happens to it depends on (seed, epoch, index) and on nothing else.
-
-    Args:
-        pixels: uint8 [n, H, W, c].
-        indices: int64 [n], which samples these are.
-        config: What may be done.
-        seed: The recipe's.
-        epoch: Counted from 0.
-
-    Returns:
-        uint8 [n, H, W, c], uncovered edges black.
-    """
-    luck = hash_integers(indices, keys=(2, seed, epoch))
-    count, height, width, _ = pixels.shape
-    if config.shift:
-        span = np.uint64(2 * config.shift + 1)
-        down, right = ((luck >> np.uint64(8)) % span).astype(int), ((luck >> np.uint64(32)) % span).astype(int)
-        edge = (config.shift, config.shift)
-        padded = np.pad(pixels, ((0, 0), edge, edge, (0, 0)))
-        windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(1, 2))
-        pixels = windows[np.arange(count), down, right].transpose(0, 2, 3, 1)
-    if config.flip:
-        mirrored = (luck & np.uint64(1)).astype(bool)[:, None, None, None]
-        pixels = np.where(mirrored, pixels[:, :, ::-1], pixels)
-    return pixels
 
 
 def resolve_preprocess(recipe: Recipe) -> Preprocess:
@@ -279,12 +288,18 @@ def _choose(recipe: Recipe, *, name: str) -> tuple[Samples, np.ndarray]:
     samples = open_samples(recipe, split=split)
     limit = {"train": data.train, "val": data.val, "test": data.test}[split].limit
     order = balanced_order(samples.labels)[:limit]
-    return samples, order[: data.calib.limit] if name == "calib" else order
+    if not isinstance(samples, Stream):
+        return samples, order[: data.calib.limit] if name == "calib" else order
+    if name == "calib":
+        order = order[: data.calib.limit or MOST_OF_STREAM]
+    return samples, np.sort(order)
 
 
 def _probe(recipe: Recipe) -> Sequence[np.ndarray] | np.ndarray:
     """Training images: all of them where they are in memory, the first PROBE of the balanced order else."""
     samples, indices = _choose(recipe, name="train")
+    if isinstance(samples, Stream):
+        indices = np.sort(indices[balanced_order(samples.labels[indices])[:PROBE]])
     return samples.read(indices if isinstance(samples, ArraySamples) else indices[:PROBE])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from bmctl.engine.data import open_samples
 from bmctl.errors import DataError
 from bmctl.sections import Recipe
-from bmctl.sources import Samples
+from bmctl.sources import Samples, Sharded
 from bmctl.sources.samples import ArraySamples, FileSamples
 
 TOLERATED = 0.05
@@ -20,7 +20,7 @@ _HEAD_BYTES = 8192
 
 
 def check_leaks(recipe: Recipe) -> tuple[str, ...]:
-    """Compare the splits pixel by pixel in memory, byte by byte for files.
+    """Compare the splits: pixels in memory, size and both ends of files and of members of archives, lines of streams.
 
     Returns:
         What is to be said about repeated samples that are too few to refuse, or about files too many to compare.
@@ -51,6 +51,10 @@ def check_leaks(recipe: Recipe) -> tuple[str, ...]:
 
 def _identities(samples: Samples, *, wanted: set[int]) -> Iterator[tuple[bytes, str]]:
     """What each sample is told by, and where it stands; files of a size that no other has cannot be twins."""
+    if isinstance(samples, Sharded):
+        for index, digest in enumerate(samples.digests.tolist()):
+            yield digest.to_bytes(8), samples.name(index)
+        return
     if isinstance(samples, ArraySamples):
         for index, image in enumerate(samples.images):
             yield hashlib.blake2b(image.tobytes(), digest_size=16).digest(), f"sample {index}"

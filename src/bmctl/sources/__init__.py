@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType, ModuleType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from bmctl.schema import Strict
-from bmctl.sources import bundled, csv, digits, folder, idx
+from bmctl.sources import bundled, csv, digits, folder, idx, stream, webdataset
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
 
 
 class Samples(Protocol):
@@ -30,6 +31,49 @@ class Samples(Protocol):
         ...
 
 
+@runtime_checkable
+class Pictures(Samples, Protocol):
+    """Samples that are decoded when they are read."""
+
+    def pictures(self, indices: Sequence[int] | np.ndarray) -> Iterable[Image.Image]:
+        """As `read`, as Pillow holds them, of mode L or RGB."""
+        ...
+
+
+@runtime_checkable
+class Sharded(Pictures, Protocol):
+    """Samples in files of many, which are best read in the order in which they stand.
+
+    Attributes:
+        parts: Integers [N], the file of each; samples of one file are in the order in which they stand.
+        window: Training shuffles files, and samples within such a window; None shuffles all.
+        digests: uint64 [N], equal for equal images.
+    """
+
+    parts: np.ndarray
+    window: int | None
+    digests: np.ndarray
+
+    def name(self, index: int) -> str:
+        """Where a sample stands, for messages."""
+        ...
+
+
+@runtime_checkable
+class Stream(Sharded, Protocol):
+    """Samples that can only be read in the order in which they stand.
+
+    Attributes:
+        lines: int64 [N], place in its file.
+    """
+
+    lines: np.ndarray
+
+    def pictures(self, indices: Sequence[int] | np.ndarray) -> Iterator[Image.Image]:
+        """One by one; `indices` that ascend file by file cost one pass and hold nothing."""
+        ...
+
+
 class Source(Protocol):
     """A module of this folder. `kind` in Config names it."""
 
@@ -45,5 +89,13 @@ class Source(Protocol):
 
 
 SOURCES: Mapping[str, ModuleType] = MappingProxyType(
-    {"bundled": bundled, "digits": digits, "idx": idx, "folder": folder, "csv": csv}
+    {
+        "bundled": bundled,
+        "digits": digits,
+        "idx": idx,
+        "folder": folder,
+        "csv": csv,
+        "webdataset": webdataset,
+        "stream": stream,
+    }
 )

@@ -12,6 +12,7 @@ from bmctl.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,15 @@ class FileSamples:
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[np.ndarray]:
         """Decoded images, each uint8 [H, W] or [H, W, 3], in the order of `indices`."""
-        from bmctl.engine.images import decode
+        import numpy as np
 
-        return [decode(self.paths[index]) for index in indices]
+        return [np.asarray(image) for image in self.pictures(indices)]
+
+    def pictures(self, indices: Sequence[int] | np.ndarray) -> list[Image.Image]:
+        """The same as Pillow holds them, of mode L or RGB: scaling is cheaper on these."""
+        from bmctl.engine.images import read_file
+
+        return [read_file(self.paths[index]) for index in indices]
 
 
 def array_samples(images: np.ndarray, labels: np.ndarray, *, class_names: Sequence[str]) -> ArraySamples:
@@ -124,29 +131,16 @@ def file_samples(
 
     import numpy as np
 
-    from bmctl.engine.chance import carve
-
-    names = tuple(class_names or sorted({row.label for row in rows}, key=_label_order))
+    names = tuple(class_names or in_order({row.label for row in rows}))
     if len(names) < 2:
         raise DataError(f"{base}: all images are of one class, {names[0]!r}; expected at least two")
     index = {name: position for position, name in enumerate(names)}
     labels = np.array([index[row.label] for row in rows], np.int64)
     names_of_files = [os.fsencode(os.path.relpath(row.path, base)) for row in rows]
     splits = np.array([row.split or "train" for row in rows])
-    ratios = {name: getattr(config, name) for name in ("val", "test") if name not in splits}
-    pool = np.flatnonzero(splits == "train")
-    keys = np.array([int.from_bytes(hashlib.sha256(names_of_files[i]).digest()[:8]) for i in pool], np.uint64)
-    parts = carve(keys, labels[pool], ratios=ratios, seed=config.seed, rest="train") if len(pool) else {}
-    picked = pool[parts[split]] if split in parts else np.flatnonzero(splits == split)
-    train = pool[parts["train"]] if parts else pool
-    absent = sorted(set(range(len(names))) - set(labels[train].tolist()))
-    if absent:
-        raise DataError(
-            f"{base}: no training images of the class {names[absent[0]]!r}",
-            hint="every class needs at least 3 images, of which one trains, one validates, one tests",
-        )
+    keys = [int.from_bytes(hashlib.sha256(name).digest()[:8]) for name in names_of_files]
+    chosen = pick(labels, keys, splits, split=split, config=config, class_names=names, base=base).tolist()
     digest = hashlib.sha256(repr(names).encode())
-    chosen = [int(i) for i in picked]
     for i in chosen:
         digest.update(b"%s\0%d\0%d\n" % (names_of_files[i], rows[i].size_bytes, labels[i]))
     return FileSamples(
@@ -158,6 +152,53 @@ def file_samples(
     )
 
 
+def pick(
+    labels: np.ndarray,
+    keys: Sequence[int],
+    splits: np.ndarray,
+    *,
+    split: str,
+    config: Carving,
+    class_names: Sequence[str],
+    base: Path,
+) -> np.ndarray:
+    """int64 [n]: which samples are of one split, ascending; one that none names is carved from train by ratio.
+
+    Args:
+        labels: int64 [N], of all samples of all splits.
+        keys: Unsigned 64-bit integers [N] by which a sample is known: the choice among them goes by these.
+        splits: Text [N].
+        split: Which to give back.
+        config: Ratios and seed for what has to be carved.
+        class_names: In the order of the labels.
+        base: Where the data is, for messages.
+
+    Raises:
+        DataError: A class without training samples.
+    """
+    import numpy as np
+
+    from bmctl.engine.chance import carve
+
+    ratios = {name: getattr(config, name) for name in ("val", "test") if name not in splits}
+    pool = np.flatnonzero(splits == "train")
+    luck = np.array(keys, np.uint64)[pool]
+    parts = carve(luck, labels[pool], ratios=ratios, seed=config.seed, rest="train") if len(pool) else {}
+    picked = pool[parts[split]] if split in parts else np.flatnonzero(splits == split)
+    train = pool[parts["train"]] if parts else pool
+    absent = sorted(set(range(len(class_names))) - set(labels[train].tolist()))
+    if absent:
+        raise DataError(
+            f"{base}: no training images of the class {class_names[absent[0]]!r}",
+            hint="every class needs at least 3 images, of which one trains, one validates, one tests",
+        )
+    return picked
+
+
+def in_order(labels: set[str]) -> list[str]:
+    """Class names, sorted: whole numbers by value, before names."""
+    return sorted(labels, key=_label_order)
+
+
 def _label_order(label: str) -> tuple[int, int, str]:
-    """Whole numbers by value, before names."""
     return (0, int(label), label) if label.isascii() and label.isdigit() else (1, 0, label)
