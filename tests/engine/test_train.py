@@ -11,8 +11,8 @@ import pytest
 import torch
 from tests.engine.training import Seen, fit, make_context, make_model, make_recipe, steps
 
-from bmctl.engine import loop
-from bmctl.engine.optim import learning_rate
+from bmctl.engine import train, validation
+from bmctl.engine.schedule import learning_rate
 from bmctl.engine.signals import Stop
 from bmctl.errors import DataError, DivergedError, InterruptedRunError, PackageError, PreemptedError, UsageError
 from bmctl.fit import Distill
@@ -28,7 +28,7 @@ def test_every_optimizer_learns(tmp_path: Path, optimizer: str) -> None:
     recipe = make_recipe(tmp_path, f"train.optimizer={{name: {optimizer}, lr: {rate}}}", "train.epochs=2")
     seen = Seen()
     result = fit(make_context(tmp_path / "run", recipe, seen=seen), make_model(recipe))
-    first, last = seen.of("epoch")
+    first, last = seen.of("evaluation")
     assert last["loss"] < first["loss"]
     assert result.val.value > 0.4 > result.val.baseline
     assert result.steps == 20
@@ -75,15 +75,16 @@ def test_max_steps_ends_within_an_epoch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("select", ["best", "last"])
 def test_the_selected_weights_are_the_result(tmp_path: Path, monkeypatch, select: str) -> None:
     values = iter([0.2, 0.9, 0.4])
-    real = loop.evaluate
+    real = validation.evaluate
     kept = []
 
-    def rigged(setting):
+    def rigged(setting, *, step):
         kept.append(copy.deepcopy(setting.model.state_dict()))
-        found = real(setting)
+        found = real(setting, step=step)
         return type(found)(**{**vars(found), "value": next(values, found.value)})
 
-    monkeypatch.setattr(loop, "evaluate", rigged)
+    for module in (validation, train):
+        monkeypatch.setattr(module, "evaluate", rigged)
     recipe = make_recipe(tmp_path, f"train.select={select}")
     model = make_model(recipe)
     result = fit(make_context(tmp_path / "run", recipe), model)
@@ -189,7 +190,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, reference, looks: int
     fit(make_context(tmp_path / "run", recipe, seen=seen, resume=True), model)
     assert all(torch.equal(tensor, reference[name]) for name, tensor in model.state_dict().items())
     assert "going on from step" in seen.notes
-    assert [event["step"] for event in seen.of("epoch")][-1] == 30
+    assert [event["step"] for event in seen.of("evaluation")][-1] == 30
 
 
 def test_dropout_goes_on_bit_for_bit(tmp_path: Path) -> None:
@@ -261,7 +262,7 @@ def test_a_corrupt_checkpoint_is_passed_over(tmp_path: Path, reference) -> None:
     recipe = make_recipe(tmp_path, "data.augment.shift=2")
     with pytest.raises(PreemptedError):
         fit(make_context(tmp_path / "run", recipe, stop=StopAt(34)), make_model(recipe))
-    newest = tmp_path / "run" / "checkpoints" / "train" / "latest" / "model.safetensors"
+    newest = tmp_path / "run" / "checkpoints" / "train" / "latest" / "model-rank-0.safetensors"
     newest.write_bytes(newest.read_bytes()[:-4])
     seen, model = Seen(), make_model(recipe)
     fit(make_context(tmp_path / "run", recipe, seen=seen, resume=True), model)

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from bmctl.engine import checkpoint, randomness
-from bmctl.engine.checkpoint import Identity, Snapshot, State, Tensors
+from bmctl.engine.checkpoint import Checkpoint
 from bmctl.engine.context import StageContext
+from bmctl.engine.ema import Average
 from bmctl.engine.fitlog import FitLog
-from bmctl.engine.optim import load_optimizer, optimizer_tensors
+from bmctl.engine.optim import Optimizers
 from bmctl.engine.parallel import gather, settle
 from bmctl.engine.precision import Precision
+from bmctl.engine.saver import Saver
+from bmctl.engine.sharding import Shared
+from bmctl.engine.state import Identity, Snapshot, State, Tensors
+from bmctl.engine.stopwatch import Stopwatch
 from bmctl.errors import BmctlError, DivergedError, PackageError, UsageError
 from bmctl.fit import Distill, Fit
 from bmctl.schema import Strict
 from bmctl.tasks import Evaluation
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from bmctl.engine.data import Split
+
+
+SUMS = ("loss_sum", "score_sum", "num_steps")
+"""Of a checkpoint's progress, in the order of `Position.sums`."""
 
 
 @dataclass(frozen=True)
@@ -32,29 +42,53 @@ class Setting:
     """What one training is made of; nothing here changes while it runs, but for weights and optimizer state.
 
     Attributes:
-        forward: The model as it is called in a step: wrapped where there are several processes.
+        batch_size: Samples of a step over all processes; found by trial where the recipe says `auto`.
+        num_workers: Loader processes of this process.
+        shared: The model as this process holds it, and how it is called in a step.
+        forward: What a step calls: `shared.forward`, compiled where the recipe says so.
+        average: Of the weights, where the recipe asks for one.
         steps_per_epoch: Whole global batches in the training data.
-        num_steps: At which the training ends.
+        num_steps: At which the training ends, if nothing ends it before.
+        about: What a package made of a checkpoint has to know.
     """
 
     context: StageContext
     stage: str
     seed: int
     fit: Fit
+    batch_size: int
+    num_workers: int
     train: Split
     val: Split
     task: ModuleType
     task_config: Strict
-    model: nn.Module
+    shared: Shared
     forward: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizers
     precision: Precision
+    scaler: torch.amp.GradScaler
+    average: Average | None
     teacher: nn.Module | None
     distill: Distill | None
     identity: Identity
+    about: Mapping[str, Any]
+    saver: Saver
     log: FitLog
+    watch: Stopwatch
     steps_per_epoch: int
     num_steps: int
+
+    @property
+    def model(self) -> nn.Module:
+        return self.shared.model
+
+    @property
+    def eval_every(self) -> int:
+        return self.fit.eval_every_steps or self.steps_per_epoch
+
+    @property
+    def save_every(self) -> int:
+        return self.fit.checkpoint_every_steps or self.steps_per_epoch
 
 
 @dataclass
@@ -62,75 +96,83 @@ class Position:
     """Where the loop stands; `checkpoint.State` is its form on disk.
 
     Attributes:
-        loss_sum: Sum over the batches of this epoch of the mean loss, on this rank; likewise score_sum.
-        best: Weights of the best validation so far.
+        sums: float64 [3]: this rank's loss, score and number of finite steps since the last evaluation.
+        best: Weights of the best evaluation so far.
         best_evaluation: Its result, where it was made by this process.
-        saved_step: The step of the newest checkpoint.
+        waited: Evaluations since the best one.
+        skipped: Steps in a row that were left out because they were not finite.
+        elapsed_s: Seconds of training, over all attempts, without evaluations and saving.
+        is_late: The recipe's time is up.
     """
 
-    loss_sum: torch.Tensor
-    score_sum: torch.Tensor
+    sums: torch.Tensor
     step: int = 0
     validated_step: int = 0
     best_step: int | None = None
     best_value: float | None = None
     best: Tensors = field(default_factory=dict)
     best_evaluation: Evaluation | None = None
-    saved_step: int | None = None
+    waited: int = 0
+    skipped: int = 0
+    elapsed_s: float = 0.0
+    is_late: bool = False
+
+    def means(self) -> tuple[float, float]:
+        """Loss and score over the finite steps since the last evaluation."""
+        loss, score, count = self.sums.tolist()
+        return loss / max(1.0, count), score / max(1.0, count)
 
 
 def start(setting: Setting) -> Position:
     """The position before the first step."""
-    zeros = [torch.zeros((), device=setting.context.group.device) for _ in range(2)]
-    return Position(loss_sum=zeros[0], score_sum=zeros[1])
+    return Position(sums=torch.zeros(3, dtype=torch.float64, device=setting.context.group.device))
 
 
-def begin(setting: Setting) -> Position:
-    """Where to start: at the first step, or at the newest checkpoint that verifies.
+def is_over(setting: Setting, position: Position) -> str:
+    """Why no further step is to be done, or the empty string."""
+    stop = setting.fit.early_stop
+    if position.step >= setting.num_steps:
+        return "done"
+    if position.is_late:
+        return f"stopped at step {position.step} of {setting.num_steps}: train.max_time_s is over"
+    if stop is not None and position.waited >= stop.patience:
+        return f"stopped at step {position.step} of {setting.num_steps}: {position.waited} evaluations without progress"
+    return ""
+
+
+# -- going on ---------------------------------------------------------------------------------------
+
+
+def find_start(context: StageContext, *, stage: str, model: nn.Module, note: Any) -> Checkpoint | None:
+    """The checkpoint to go on from, on all ranks; room and rights for new ones are checked.
 
     Raises:
         UsageError: There are checkpoints, and neither --resume nor --overwrite was given.
-        PackageError: The checkpoint is of another recipe.
-        DataError: The data is not that of the checkpoint.
         ResourceError: No room or no right to write checkpoints.
     """
-    context, group = setting.context, setting.context.group
-    folder = checkpoint.folder_of(context.run, setting.stage)
+    group = context.group
+    folder = checkpoint.folder_of(context.run, stage)
     error, path = None, None
     if group.leads:
         try:
-            path = _prepare_folder(setting)
+            path = _prepare_folder(context, folder, model, note)
         except BmctlError as failed:
             error = failed
     settle(group, error)
-    step = gather(group, {"step": int(path.name.removeprefix("step-")) if path else None})[0]["step"]
-    if step is None:
-        return start(setting)
-    path = checkpoint.path_of(folder, step)
-    error, where = None, None
+    name = gather(group, {"name": path.name if path else None})[0]["name"]
+    if name is None:
+        return None
+    error, found = None, None
     try:
-        found, manifest = checkpoint.load(path)
-        checkpoint.check_identity(path, manifest.identity, setting.identity)
-        where = go_on(setting, found)
+        found = checkpoint.open_checkpoint(folder / name)
     except BmctlError as failed:
         error = failed
     settle(group, error)
-    assert where is not None
-    setting.log.note(f"going on from step {step} of {setting.num_steps}")
-    then, now = (manifest.world, manifest.threads, manifest.device), (group.world, group.threads, group.device.type)
-    if then != now:
-        words = "{} processes with {} threads on {}"
-        setting.log.note(
-            f"begun by {words.format(*then)}, going on by {words.format(*now)}: "
-            "the same samples in every step, but not the same weights bit for bit"
-        )
-    return where
+    return found
 
 
-def _prepare_folder(setting: Setting) -> Path | None:
-    """On rank 0: the checkpoint to go on from; room and rights for new ones are checked."""
-    context = setting.context
-    folder = checkpoint.folder_of(context.run, setting.stage)
+def _prepare_folder(context: StageContext, folder: Path, model: nn.Module, note: Any) -> Path | None:
+    """On rank 0: the checkpoint to go on from, or None."""
     steps = checkpoint.steps_in(folder)
     if steps and context.overwrite and not context.resume:
         checkpoint.discard(folder)
@@ -139,13 +181,90 @@ def _prepare_folder(setting: Setting) -> Path | None:
             f"{folder} holds checkpoints of an earlier attempt, up to step {steps[-1]}",
             hint="add --resume to go on, or --overwrite to start again",
         )
-    checkpoint.check_room(folder, setting.model)
+    checkpoint.check_room(folder, model)
     if not context.resume:
         return None
-    path = checkpoint.find_newest(folder, note=setting.log.note)
+    path = checkpoint.find_newest(folder, note=note)
     if path is None:
-        setting.log.note("there is no checkpoint to go on from: starting at the first step")
+        note("there is no checkpoint to go on from: starting at the first step")
     return path
+
+
+def go_on(setting: Setting, found: Checkpoint) -> Position:
+    """Put model, optimizer and generators back to where a checkpoint left them, on all ranks or on none.
+
+    Raises:
+        PackageError: It does not fit this model, or is of another recipe.
+        DataError: The data is not that of the checkpoint.
+    """
+    group, manifest = setting.context.group, found.manifest
+    error, position = None, None
+    try:
+        checkpoint.check_identity(found.path, manifest.identity, setting.identity)
+        position = _restore(setting, found)
+    except BmctlError as failed:
+        error = failed
+    settle(group, error)
+    assert position is not None
+    setting.log.note(f"going on from step {position.step} of {setting.num_steps}")
+    then, now = (manifest.world, manifest.threads, manifest.device), (group.world, group.threads, group.device.type)
+    if then != now:
+        words = "{} processes with {} threads on {}"
+        setting.log.note(
+            f"begun by {words.format(*then)}, going on by {words.format(*now)}: "
+            "the same samples in every step, but not the same weights bit for bit"
+        )
+    return position
+
+
+def _restore(setting: Setting, found: Checkpoint) -> Position:
+    state, group, live = found.state, setting.context.group, setting.model.state_dict()
+    epoch, done = divmod(state.step, setting.steps_per_epoch)
+    sampler = (setting.seed, epoch, done * setting.batch_size, setting.batch_size)
+    if not state.progress or (state.best_step is None) != (state.best_value is None):
+        raise PackageError(f"{found.path} does not say where the training stood; begin anew with --overwrite")
+    if (state.seed, state.epoch, state.num_seen, state.batch_size) != sampler:
+        raise PackageError(f"{found.path} does not say which samples come next; begin anew with --overwrite")
+    try:
+        setting.model.load_state_dict(
+            {name: found.read("model", name, live.get(name)) for name in found.names("model")}
+        )
+        setting.optimizer.load(
+            setting.model, found.names("optimizer"), lambda key, like: found.read("optimizer", key, like)
+        )
+        if setting.average is not None:
+            setting.average.load({name: found.read("ema", name, live[name]) for name in found.names("ema")})
+        if state.scaler is not None:
+            kinds = {key: type(value) for key, value in setting.scaler.state_dict().items()}
+            setting.scaler.load_state_dict({key: kind(state.scaler[key]) for key, kind in kinds.items()})
+        best = {name: found.read("best", name, live[name]) for name in found.names("best")}
+        if not best and setting.fit.select == "best" and state.best_step not in (None, state.step):
+            raise PackageError(f"{found.path} does not hold the best weights so far; begin anew with --overwrite")
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise PackageError(f"the checkpoint of step {state.step} does not fit this model: {error}") from error
+    if group.rank < len(state.random):
+        randomness.set_random_state(state.random[group.rank], group.device)
+    position = start(setting)
+    setting.saver.saved_step = state.step
+    position.step, position.validated_step = state.step, state.validated_step
+    position.best_step, position.best_value, position.best = state.best_step, state.best_value, best
+    position.waited, position.skipped, position.elapsed_s = state.waited, state.skipped, state.elapsed_s
+    position.is_late = setting.fit.max_time_s is not None and state.elapsed_s >= setting.fit.max_time_s
+    if state.best_step == state.step and setting.fit.select == "best":
+        position.best = kept_weights(setting)
+    sums = torch.tensor([[one[key] for key in SUMS] for one in state.progress], dtype=torch.float64)
+    # Begun by another number of processes, each goes on from their mean.
+    position.sums.copy_(sums[group.rank] if len(sums) == group.world else sums.mean(dim=0))
+    return position
+
+
+def kept_weights(setting: Setting) -> Tensors:
+    """A copy of the weights that an evaluation of now is about: the average where there is one."""
+    live = setting.average.tensors() if setting.average is not None else setting.model.state_dict()
+    return {name: tensor.detach().clone() for name, tensor in live.items()}
+
+
+# -- saving -----------------------------------------------------------------------------------------
 
 
 def diverged(setting: Setting, position: Position) -> DivergedError:
@@ -156,22 +275,9 @@ def diverged(setting: Setting, position: Position) -> DivergedError:
 
 
 def save(setting: Setting, position: Position) -> None:
-    """Publish a checkpoint of this position, unless there is one."""
-    if position.saved_step == position.step:
+    """Begin a checkpoint of this position, unless there is one; `saver.finish` waits until it is published."""
+    if setting.saver.saved_step == position.step:
         return
-    group = setting.context.group
-    generators = gather(group, randomness.random_state(group.device))
-    error = None
-    if group.leads:
-        try:
-            _publish(setting, position, generators)
-        except BmctlError as failed:
-            error = failed
-    settle(group, error)
-    position.saved_step = position.step
-
-
-def _publish(setting: Setting, position: Position, generators: list[dict[str, Any]]) -> None:
     group = setting.context.group
     epoch, done = divmod(position.step, setting.steps_per_epoch)
     state = State(
@@ -179,64 +285,34 @@ def _publish(setting: Setting, position: Position, generators: list[dict[str, An
         validated_step=position.validated_step,
         best_step=position.best_step,
         best_value=position.best_value,
-        loss_sum=_finite(float(position.loss_sum), setting, position),
-        score_sum=float(position.score_sum),
+        waited=position.waited,
+        skipped=position.skipped,
+        elapsed_s=position.elapsed_s,
+        batch_size=setting.batch_size,
+        precision=setting.precision.name,
+        scaler={key: float(value) for key, value in setting.scaler.state_dict().items()} or None,
         seed=setting.seed,
         epoch=epoch,
-        num_seen=done * setting.fit.batch_size,
-        random=tuple(generators),
+        num_seen=done * setting.batch_size,
+        progress=(dict(zip(SUMS, position.sums.tolist(), strict=True)),),
+        random=(randomness.random_state(group.device),),
     )
     is_best = position.best_step == position.step
     snapshot = Snapshot(
         model=dict(setting.model.state_dict()),
-        optimizer=optimizer_tensors(setting.optimizer, setting.model),
+        optimizer=setting.optimizer.tensors(setting.model),
+        ema=dict(setting.average.tensors()) if setting.average is not None else {},
         best={} if is_best or setting.fit.select == "last" else position.best,
         state=state,
     )
-    checkpoint.save(
-        checkpoint.folder_of(setting.context.run, setting.stage),
-        snapshot,
-        step=position.step,
-        keep=setting.fit.keep_checkpoints,
-        note=setting.log.note,
-        fields={
-            "stage": setting.stage,
-            "best_step": position.best_step,
-            "num_steps": setting.num_steps,
-            "identity": setting.identity,
-            "world": group.world,
-            "threads": group.threads,
-            "device": group.device.type,
-        },
-    )
-
-
-def _finite(value: float, setting: Setting, position: Position) -> float:
-    if not math.isfinite(value):
-        raise diverged(setting, position)
-    return value
-
-
-def go_on(setting: Setting, found: Snapshot) -> Position:
-    """Put model, optimizer and generators back to where a checkpoint left them.
-
-    Raises:
-        PackageError: It does not fit this model.
-    """
-    state, group = found.state, setting.context.group
-    try:
-        setting.model.load_state_dict(found.model, strict=True)
-        load_optimizer(setting.optimizer, setting.model, found.optimizer)
-        if group.rank < len(state.random):
-            randomness.set_random_state(state.random[group.rank], group.device)
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise PackageError(f"the checkpoint of step {state.step} does not fit this model: {error}") from error
-    position = start(setting)
-    position.step, position.validated_step, position.saved_step = state.step, state.validated_step, state.step
-    position.best_step, position.best_value = state.best_step, state.best_value
-    position.loss_sum.fill_(state.loss_sum)
-    position.score_sum.fill_(state.score_sum)
-    position.best = found.best
-    if state.best_step == state.step:
-        position.best = {name: tensor.detach().clone() for name, tensor in setting.model.state_dict().items()}
-    return position
+    fields = {
+        "stage": setting.stage,
+        "best_step": position.best_step,
+        "num_steps": setting.num_steps,
+        "identity": setting.identity,
+        "about": dict(setting.about),
+        "strategy": setting.shared.strategy,
+        "threads": group.threads,
+        "device": group.device.type,
+    }
+    setting.saver.begin(snapshot, step=position.step, fields=fields)

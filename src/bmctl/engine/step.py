@@ -90,7 +90,7 @@ def _module_step(work: Work) -> None:
         work.note(text)
     metrics: dict[str, Any] = {}
     if step.recover is not None:
-        metrics |= _recover(work, step, model)
+        model, metrics = _recover(work, step, model)
     model.eval()
 
     def publish() -> None:
@@ -104,8 +104,8 @@ def _module_step(work: Work) -> None:
     leading(context, publish)
 
 
-def _recover(work: Work, step: ModuleStepConfig, model: nn.Module) -> dict[str, Any]:
-    """Fine-tune in place; returns what the manifest says of it."""
+def _recover(work: Work, step: ModuleStepConfig, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """Fine-tune; returns the model, and what the manifest says of it."""
     context, recover, manifest = work.context, step.recover, work.parent.manifest
     recipe = context.recipe
     assert recover is not None and manifest.preprocess is not None and recipe.task is not None
@@ -127,7 +127,7 @@ def _recover(work: Work, step: ModuleStepConfig, model: nn.Module) -> dict[str, 
     )
     for text in result.notes:
         work.note(text)
-    return {
+    return result.model, {
         "val_before_recover": appraise.metric_of(right_after) if right_after else None,
         "recover": {
             "steps": result.steps,

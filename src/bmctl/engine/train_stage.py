@@ -71,9 +71,7 @@ def train_stage(context: StageContext, *, start: ModelPackage | None = None) -> 
     error, package = None, None
     if context.group.leads:
         try:
-            package = _publish(
-                context, model, result, start=start, spec=spec, val=val, target=target, key=key, notes=notes
-            )
+            package = _publish(context, result, start=start, spec=spec, val=val, target=target, key=key, notes=notes)
         except BmctlError as failed:
             error = failed
     settle(context.group, error)
@@ -133,7 +131,6 @@ def _done(context: StageContext, target: Path, *, key: str) -> ModelPackage | No
 
 def _publish(
     context: StageContext,
-    model: nn.Module,
     result: FitResult,
     *,
     start: ModelPackage | None,
@@ -143,7 +140,7 @@ def _publish(
     key: str,
     notes: tuple[str, ...],
 ) -> ModelPackage:
-    evaluation, preprocess, recipe = result.val, val.preprocess, context.recipe
+    model, evaluation, preprocess, recipe = result.model, result.val, val.preprocess, context.recipe
     assert evaluation is not None and recipe.task is not None
     example = torch.from_numpy(next(array_batches(val, batch_size=2))[0])
     numbers = appraise.module_numbers(context, model, before=None, example=example)
@@ -151,7 +148,12 @@ def _publish(
     meaning = "normalised image, channels first"
     metrics = {
         "val": appraise.metric_of(evaluation),
-        "train": {"steps": result.steps, "best_step": result.best_step, "precision": result.precision},
+        "train": {
+            "steps": result.steps,
+            "best_step": result.best_step,
+            "precision": result.precision,
+            "batch_size": result.batch_size,
+        },
         **numbers,
     }
     all_notes = (*notes, *result.notes)
