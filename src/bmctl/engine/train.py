@@ -138,6 +138,7 @@ def _run(setting: Setting, where: Position) -> str:
         log.close()
     if why != "done":
         log.note(why)
+    assert where.best_step is not None
     log.done(where.step, best_step=where.best_step, val_metric=where.best_value, parts=setting.watch.overall())
     return why
 
@@ -160,7 +161,7 @@ def _select(setting: Setting, where: Position) -> tuple[nn.Module, Evaluation | 
         model.load_state_dict(setting.average.tensors())
     whole = setting.shared.whole_model()
     keep_activations(whole)
-    whole.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+    whole.to(memory_format=torch.contiguous_format).eval()
     known = where.best_evaluation if where.best_step == where.step or not is_last else None
     if known is None or setting.shared.strategy == "fsdp":
         known = evaluate(setting, step=where.step)
