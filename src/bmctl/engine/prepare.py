@@ -18,6 +18,7 @@ from torch import nn
 from bmctl.engine import checkpoint, randomness, selfcheck
 from bmctl.engine.checkpoint import Checkpoint
 from bmctl.engine.context import StageContext
+from bmctl.engine.convolution import tuned
 from bmctl.engine.data import Split
 from bmctl.engine.ema import Average
 from bmctl.engine.fitlog import FitLog
@@ -86,7 +87,17 @@ def prepare(training: Training, found: Checkpoint | None, undo: ExitStack) -> Se
         )
     if fit.check_precision and found is None:
         precision = _checked(training, precision, batch_size)
-    shared = share(model, group=group, launch=context.recipe.launch, precision=precision)
+    spec = training.train.preprocess
+    shared = share(
+        model,
+        group=group,
+        launch=context.recipe.launch,
+        precision=precision,
+        fit=fit,
+        batch_size=batch_size,
+        sample_shape=(spec.channels, *spec.size),
+    )
+    undo.enter_context(tuned(shared.model))
     if group.world > 1:
         training.notes.append(f"{shared.strategy}: {shared.reason}")
     forward = shared.forward
