@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from bmctl.disk import disk_errors, hidden_sibling, reach, remove_leftovers
 from bmctl.engine import pieces
 from bmctl.engine.pieces import Entry, Index, Piece
 from bmctl.engine.state import KINDS as KINDS
-from bmctl.engine.state import CheckpointManifest, Snapshot, State
+from bmctl.engine.state import CheckpointManifest, State
 from bmctl.engine.state import Identity as Identity
 from bmctl.engine.state import Tensors as Tensors
 from bmctl.engine.state import check_identity as check_identity
@@ -117,8 +117,10 @@ def remove(path: Path) -> None:
     """Remove a directory so that a process killed meanwhile leaves it whole, or hidden and to be cleared away."""
     hidden = hidden_sibling(path, "tmp")
     path.rename(hidden)
-    reach("store:removing")
-    shutil.rmtree(hidden, ignore_errors=True)
+    try:
+        reach("store:removing")
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def discard(folder: Path) -> None:
@@ -258,26 +260,3 @@ def verified(path: Path, *, hashes: bool = True) -> CheckpointManifest:
     if hashes:
         store.verify(path, manifest.files)
     return manifest
-
-
-# -- to be removed with the loop that calls them -------------------------------------------------------
-
-
-def save(
-    folder: Path, snapshot: Snapshot, *, step: int, keep: int, fields: Mapping[str, Any], note: Callable[[str], None]
-) -> Path:
-    """Publish a checkpoint from one process, before this returns."""
-    from bmctl.engine.parallel import Group
-    from bmctl.engine.saver import Saver
-
-    group = Group(rank=0, local_rank=0, world=1, device=torch.device("cpu"), threads=1)
-    saver = Saver(folder, group=group, keep=keep, asynchronous=False, note=note)
-    saver.begin(snapshot, step=step, fields=fields)
-    return path_of(folder, step)
-
-
-def load(path: Path) -> tuple[Snapshot, CheckpointManifest]:
-    """All tensors of a checkpoint, whole."""
-    found = open_checkpoint(path)
-    tensors = {kind: {name: found.read(kind, name) for name in found.names(kind)} for kind in KINDS}
-    return Snapshot(**tensors, state=found.state), found.manifest

@@ -86,8 +86,6 @@ class State(Strict):
     validated_step: int = 0
     best_step: int | None = None
     best_value: float | None = None
-    loss_sum: float = 0.0
-    score_sum: float = 0.0
     num_seen: int = 0
     seed: int = 0
     epoch: int = 0
