@@ -383,7 +383,7 @@ def square(
         (square(32, 64, 32, 64, 3), (False, False, False)),
         (square(32, 3, 128, 64, 7, 2), (False, False, False)),
         (square(128, 1, 28, 32, 3), (False, False, False)),
-        (square(8, 3, 256, 384, 16, 16, padding=0), (False, False, True)),
+        (square(8, 3, 256, 384, 16, 16, padding=0), (True, False, True)),
         (square(32, 2048, 4, 512, 1), (True, True, True)),
         (square(32, 1024, 8, 2048, 1, 2), (True, True, True)),
         (square(4096, 512, 4, 512, 3), (False, False, False)),

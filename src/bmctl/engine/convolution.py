@@ -71,25 +71,26 @@ def choose(shape: Shape) -> Products:
     A rule of shapes alone, so that a run is the same each time; tests/benchmarks/test_convolution.py measures what it
     is derived from.
     """
-    is_strided = shape.stride != (1, 1)
+    is_strided, width = shape.stride != (1, 1), shape.out_width
+    most, least = max(shape.channels, shape.out_channels), min(shape.channels, shape.out_channels)
     if is_strided and shape.dilation != (1, 1):
         return _NONE
     is_pixel = shape.kernel == (1, 1) and shape.padding == (0, 0)
-    most, least = max(shape.channels, shape.out_channels), min(shape.channels, shape.out_channels)
-    width = shape.out_width
     if is_pixel and not is_strided:
-        return Products(shape.channels >= 192, most >= 192, width <= 4 and least >= 128)
+        return Products(shape.channels >= 128, most >= 128, width <= 8 and least >= 128)
     if shape.batch * shape.out_height * width * shape.num_inputs > MAX_COPIED:
         return _NONE
-    is_patch = shape.kernel == shape.stride and shape.padding == (0, 0)
+    # A core's own cache holds 2**20 numbers in bf16.
+    num_weights = shape.out_channels * shape.num_inputs
+    is_big, is_middling = num_weights >= 2**20, num_weights >= 2**18
+    if shape.kernel == shape.stride and shape.padding == (0, 0) and not is_pixel:
+        return Products(num_weights >= 2**17, is_middling and width <= 8, num_weights >= 2**17)
     if least < 64:
-        return Products(False, False, is_patch and shape.num_inputs >= 512)
+        return _NONE
     if is_pixel:
-        return Products(width <= 4, True, width <= 8 and least >= 128)
-    if is_patch:
-        return Products(width <= 8, width <= 8, width <= 8)
-    is_narrow = width <= 8 and is_strided and shape.channels >= 128
-    return Products(width <= 4 or is_narrow, width <= 4, width <= 8)
+        return Products(width <= 4 or (is_big and width <= 8), True, width <= 8 and least >= 128)
+    reach = 16 if is_big or (is_strided and is_middling) else 8 if is_middling else 4
+    return Products(width <= 8 and reach == 16, width <= 8 and is_big, width <= reach)
 
 
 # -- a model -----------------------------------------------------------------------------------------
