@@ -37,6 +37,7 @@ SQUARE = (4096, 4096, 4096)
 SHAPES = [SQUARE, (1024, 1024, 1024), (2048, 2048, 2048), (8192, 2048, 2048), (8192, 1024, 1024), (2048, 4096, 1024)]
 RECIPE = """
 name: benchmark
+model: {name: "bmctl:mlp"}
 task: {kind: classify}
 data: {source: {kind: bundled}, num_workers: 0}
 launch: {device: cpu}

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import select
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,18 @@ ROUNDS = int(os.environ.get("BMCTL_BENCH_ROUNDS", "30"))
 PATIENCE_S = 300.0
 SETTLE_S = 0.02
 """Threads that have finished spin for a moment before they sleep."""
+
+
+def environments(world: int) -> list[dict[str, str]]:
+    """Of each process of a group on this machine; threads are for the processes to set."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "MKL_", "BMCTL_"))}
+    if world == 1:
+        return [clean]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    sizes = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    return [clean | meeting | sizes | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
 class Contender:
@@ -58,12 +71,8 @@ class Contender:
         if name == "bmctl":
             arguments["run"] = folder / f"{label or name}-run"
         words = [f"{key}={value}" for key, value in arguments.items()]
-        port = str(random.randrange(20_000, 30_000))
         self._processes = []
-        for rank in range(world):
-            group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-            group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            clean = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "MKL_", "BMCTL_"))}
+        for environment in environments(world):
             with self._log.open("a") as log:
                 self._processes.append(
                     subprocess.Popen(
@@ -73,7 +82,7 @@ class Contender:
                         stderr=log,
                         text=True,
                         cwd=ROOT,
-                        env=clean | ({key: str(value) for key, value in group.items()} if world > 1 else {}),
+                        env=environment,
                     )
                 )
         self.about = ""

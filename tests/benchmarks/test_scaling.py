@@ -1,0 +1,72 @@
+"""What a second process brings: samples per second under DDP, and room under FSDP2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.benchmarks.rounds import ROOT, ROUNDS, contenders, environments, interleave, ratio, shown, table
+from tests.benchmarks.workloads import WORKLOADS
+
+EFFICIENCY = 0.90
+FSDP_SHARE = 0.55
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(1500)
+def test_two_processes_do_nearly_twice_the_work_of_one(tmp_path: Path) -> None:
+    """One thread each and the same batch per process; efficiency is the time of a step alone over that in the pair."""
+    each = WORKLOADS["transformer"].batch_size
+    made = {
+        f"{world} process{'es' * (world > 1)}": {
+            "name": "bmctl",
+            "workload": "transformer",
+            "world": world,
+            "threads": 1,
+            "batch_size": each * world,
+        }
+        for world in (1, 2)
+    }
+    with contenders(made, folder=tmp_path) as them:
+        seconds = interleave(them, steps=1, warm_up=4)
+    efficiency, interval = ratio(seconds["1 process"], seconds["2 processes"])
+    print(f"\ntransformer, DDP over gloo, batch {each} per process of one thread, {ROUNDS} rounds")
+    rates = {label: each * (1 + (label != "1 process")) / took for label, took in seconds.items()}
+    rows = [(label, f"{float(rate.mean()):.2f} images/s in all") for label, rate in rates.items()]
+    print(table([*rows, ("efficiency", f"{shown(efficiency, interval)} (at least {EFFICIENCY})")]))
+    assert efficiency >= EFFICIENCY
+
+
+@pytest.mark.bench
+def test_fsdp_holds_little_more_than_half() -> None:
+    held = {strategy: held_bytes(strategy) for strategy in ("ddp", "fsdp")}
+    share = {strategy: max(sum(rank.values()) for rank in ranks) for strategy, ranks in held.items()}
+    print("\ntransformer, AdamW, 2 processes: bytes of the rank that holds the most")
+    rows = [
+        (strategy, " + ".join(f"{ranks[0][kind] / 1e6:.1f} MB {kind}" for kind in ranks[0]))
+        for strategy, ranks in held.items()
+    ]
+    print(table([*rows, ("fsdp / ddp", f"{share['fsdp'] / share['ddp']:.3f} (at most {FSDP_SHARE})")]))
+    assert share["fsdp"] / share["ddp"] <= FSDP_SHARE
+
+
+def held_bytes(strategy: str, *, world: int = 2) -> list[dict[str, int]]:
+    """Of each rank."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.benchmarks.held_bytes", strategy],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+        )
+        for environment in environments(world)
+    ]
+    try:
+        return [json.loads(process.communicate(timeout=200)[0].splitlines()[-1]) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
