@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"pipeline", "queries", "session"},
     "pipeline": {"session", "recipe", "package", "launch", "report", "rows", "gates", "store", "engine", *PLUGINS},
     "queries": {"session", "recipe", "rundir", "report", "doctor"},
-    "session": {"console", "recipe", "rundir", "package", "launch", "engine"},
+    "session": {"console", "recipe", "rundir", "package", "launch", "job", "engine"},
     "console": {"rows", "page", "wording"},
     "wording": {"page"},
     "page": {"rows", "engine.stats"},
@@ -40,10 +40,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "yamlio": set(),
     "disk": set(),
     "store": {"disk"},
-    "rundir": {"store", "recipe", "package"},
+    "rundir": {"store", "disk", "recipe", "package"},
     "weights": {"store"},
     "package": {"store", "weights", "methods", "models", "tasks"},
     "job": {"store"},
+    "verdict": {"job"},
     "launch": {"recipe", "store", "disk", "job", "engine"},
     "report": {"rows", "page", "store", "engine.stats", "engine.scores"},
     "gates": {"rows", "page", "sections"},
@@ -54,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": {"methods", "engine"},
     "backends": {"backends", "engine"},
     "bundled": {"sources"},
-    "engine": {"recipe", "sections", "package", "weights", "store", "disk", "job", "rows", "engine", *PLUGINS},
+    "engine": {"recipe", "sections", "package", "weights", "store", "disk", "job", "rows", "verdict", "engine", *PLUGINS},
 }
 FREE = {"errors", "schema", "fit", ""}
 # What the parent process must not load before a command has been parsed and its work is known.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def test_the_first_failure_speaks_with_its_rank_and_code(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_bug_in_a_worker_shows_its_log(tmp_path: Path) -> None:
-    ended = run_to_end(make_run(tmp_path, *GROUP), fault="bug:0:5")
+    ended = run_to_end(make_run(tmp_path, *GROUP, "launch.max_restarts=0"), fault="bug:0:5")
     assert ended.code == 10
     assert "rank 0 failed: ZeroDivisionError: a bug" in ended.error["message"]
     assert "sitecustomize.py" in ended.error["message"]
@@ -68,17 +69,20 @@ def test_a_bug_in_a_worker_shows_its_log(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed(tmp_path: Path) -> None:
-    ended = run_to_end(make_run(tmp_path, *GROUP), fault="kill:1:5")
+    ended = run_to_end(make_run(tmp_path, *GROUP, "launch.max_restarts=0"), fault="kill:1:5")
     assert ended.code == 10
     assert "rank 1 was killed by SIGKILL" in ended.error["message"]
 
 
 @pytest.mark.slow
 def test_a_worker_that_hangs_is_bounded(tmp_path: Path) -> None:
-    run = make_run(tmp_path, *GROUP, "launch.timeout_s=20", "train.grace_s=2")
+    run = make_run(tmp_path, *GROUP, "launch.timeout_s=5", "launch.max_restarts=0")
     ended = run_to_end(run, fault="hang:1:5")
     assert ended.code == 10
-    assert "rank 0 lost the others, or waited for them longer than launch.timeout_s" in ended.error["message"]
+    found = ended.error["message"]
+    assert re.match(r"rank 1 has not moved for \d+ s \(launch.timeout_s\): after step 5, ", found), found
+    assert re.search(r"it is stuck in strike \(sitecustomize.py:\d+\)", found), found
+    assert "in strike" in (run / "logs" / "rank-1.log").read_text(), "its stack is kept"
 
 
 @pytest.mark.slow

@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bmctl import store
 from bmctl.disk import disk_errors
-from bmctl.errors import BmctlError, InterruptedRunError, PreemptedError, WorkerError, error_from_dict
+from bmctl.errors import BmctlError, InterruptedRunError, PreemptedError, error_from_dict
 from bmctl.job import Job as Job
-from bmctl.job import Logs, outcome_path, write_outcome
+from bmctl.job import Logs, outcome_path, read_record, torchrun_nodes, write_outcome
 from bmctl.job import is_worker as is_worker
-from bmctl.recipe import LaunchConfig, load_recipe
+from bmctl.recipe import LaunchConfig, load_recipe, recipe_yaml
 from bmctl.schema import Emit
 
 if TYPE_CHECKING:
+    from bmctl.engine.agent import Shared
     from bmctl.engine.signals import Stop
 
 POLL_S = 0.1
 KILL_AFTER_S = 15.0
 """Past the workers' own grace period."""
-TAIL_LINES = 8
+LEAVE_S = 10.0
+"""How long a worker that another one stopped waits for its own agent to stop it."""
 
 
 def launch(job: Job, config: LaunchConfig, *, emit: Emit) -> None:
-    """Run a job: here with one process or as somebody's worker, else with `config.nproc` processes.
+    """Run a job: here with one process or as somebody's worker, else with `config.nproc` processes per machine.
 
     Args:
         job: What to do.
@@ -41,32 +45,80 @@ def launch(job: Job, config: LaunchConfig, *, emit: Emit) -> None:
     Raises:
         PreemptedError: Stopped by a signal; a checkpoint was published.
         InterruptedRunError: Stopped by Ctrl-C, or with nothing published.
-        WorkerError: A worker died, or failed with what is not an error of ours.
+        WorkerError: A worker died, hung, or failed with what is not an error of ours.
+        StuckError: Three starts in a row got no further.
         BmctlError: The first error of any worker, named with its rank.
         SystemExit: A worker of somebody's torchrun was stopped: 0, so that nothing is restarted.
     """
-    if is_worker() or config.nproc == 1:
+    if is_worker() or (config.nproc == 1 and config.nodes.max == 1):
         _run_here(job, config, emit=emit)
     else:
         _run_group(job, config, emit=emit)
 
 
+# -- in this process ----------------------------------------------------------------------------------
+
+
 def _run_here(job: Job, config: LaunchConfig, *, emit: Emit) -> None:
+    from bmctl.engine.heartbeat import beating
     from bmctl.engine.signals import catch_signals
-    from bmctl.engine.worker import run_job
+    from bmctl.engine.watchdog import watched
+    from bmctl.engine.worker import end_with, record_error, run_job
 
     rank = int(os.environ.get("RANK", "0")) if is_worker() else 0
+    logs = Logs(Path(job.run))
     if rank == 0:
-        outcome_path(Path(job.run)).unlink(missing_ok=True)
+        outcome_path(logs.run).unlink(missing_ok=True)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _raise_final(logs)
+        end_with(os.getppid())
     try:
-        with catch_signals() as stop:
-            run_job(job, config, emit=emit, stop=stop)
+        with beating(logs.beat(rank)) as heart, catch_signals() as stop:
+            try:
+                with watched(heart, logs, rank=rank, timeout_s=config.timeout_s, stop=stop):
+                    run_job(job, config, emit=emit, stop=stop, heart=heart)
+            except PreemptedError:
+                _await_agent(stop)
+                raise
     except (PreemptedError, InterruptedRunError) as stopped:
         if not is_worker():
             raise
         if rank == 0:
-            write_outcome(Path(job.run), stopped, rank=rank)
+            write_outcome(outcome_path(logs.run), stopped, rank=rank)
         raise SystemExit(0) from None
+    except BmctlError as error:
+        if is_worker():
+            record_error(logs.error(rank), error, rank=rank)
+        raise
+
+
+def _raise_final(logs: Logs) -> None:
+    """Under somebody's torchrun, which restarts whatever fails: an error of ours that ended the last attempt is final.
+
+    Raises:
+        BmctlError: That of the last attempt.
+    """
+    for path in sorted(logs.folder.glob("error-rank-*.json")):
+        found = read_record(path)
+        if found is None or found.get("torchrun") != os.environ["TORCHELASTIC_RUN_ID"] or found["exit_code"] == 10:
+            continue
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0"):
+            raise error_from_dict(found)
+        path.unlink(missing_ok=True)  # a later job under the same name
+
+
+def _await_agent(stop: Stop) -> None:
+    """Under somebody's elastic torchrun: leave when the agent says so.
+
+    An agent whose workers end by themselves takes the job for done; the one that has not yet seen that a machine
+    joins would leave it.
+    """
+    nodes = torchrun_nodes()
+    if nodes is None or nodes[0] == nodes[1]:
+        return
+    deadline = time.monotonic() + LEAVE_S
+    while stop.requested is None and time.monotonic() < deadline:
+        time.sleep(POLL_S)
 
 
 # -- a group of processes -----------------------------------------------------------------------------
@@ -78,31 +130,56 @@ def _run_group(job: Job, config: LaunchConfig, *, emit: Emit) -> None:
     torchrun's agent runs in a thread, so that this one can catch signals: each is handed on once to every worker,
     however late that starts, and the group is given time to publish a checkpoint.
     """
-    from bmctl.engine.agent import run_agent
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is loaded: only bmctl speaks here
+    from bmctl.engine.agent import Shared, run_agent
+    from bmctl.engine.rendezvous import machine
     from bmctl.engine.signals import catch_signals
 
-    run, logs = Path(job.run), Logs(Path(job.run))
-    recipe = load_recipe(run / "recipe.yaml")
+    is_shared = config.nodes.max > 1
+    job = job.model_copy(update={"node": machine() if is_shared else ""})
+    logs, shared = Logs(Path(job.run), node=job.node), Shared()
+    recipe = load_recipe(logs.run / "recipe.yaml")
     grace_s = recipe.train.grace_s if recipe.train else 30.0
     _prepare(job, logs)
-    failures: dict[int, int] = {}
-    tail = _Tail(logs.events, emit)
-    told: set[int] = set()
+    given = {"grace_s": grace_s, "recipe_hash": hashlib.sha256(recipe_yaml(recipe).encode()).hexdigest()}
     with _environment(config), catch_signals(grace_s=grace_s + KILL_AFTER_S) as stop:
-        agent = threading.Thread(target=run_agent, args=(config.nproc, logs, grace_s, failures), name="bmctl-agent")
+        agent = threading.Thread(
+            target=run_agent, args=(job, config, logs, shared), kwargs=given, name="bmctl-agent", daemon=True
+        )
         agent.start()
         try:
-            while agent.is_alive():
-                agent.join(POLL_S)
-                if stop.requested is not None:
-                    _hand_on(stop.requested, _pids(logs), told=told)
-                tail.read()
+            _stay(agent, config, logs, shared, stop=stop, emit=emit)
         finally:
-            while agent.is_alive():  # this thread failed, or was told twice to stop
-                _hand_on(signal.SIGKILL, _pids(logs), told=set())
+            shared.ending = True
+            while agent.is_alive() and shared.workers:  # this thread failed, or was told twice to stop
+                _hand_on(signal.SIGKILL, shared.workers.values(), told=set())
                 agent.join(POLL_S)
+    _raise_outcome(logs, shared, stop)
+
+
+def _stay(agent: threading.Thread, config: LaunchConfig, logs: Logs, shared: Shared, *, stop: Stop, emit: Emit) -> None:
+    """Until the agent is done: hand on signals and events, and see that the workers move."""
+    from bmctl.engine.watchdog import Overseer
+
+    told: set[int] = set()
+    tail, overseer = _Tail(logs.events, emit), Overseer(logs, timeout_s=config.timeout_s)
+    alone_s = 0.0
+    while agent.is_alive() and alone_s < 2:
+        agent.join(POLL_S)
+        if stop.requested is not None:
+            shared.ending = True
+            _hand_on(stop.requested, _begun(logs, shared), told=told)
+            alone_s = 0.0 if shared.workers else alone_s + POLL_S  # it may wait for other machines
+        tail.read()
+        while shared.notes:
+            emit({"event": "note", "text": shared.notes.popleft()})
+        found = overseer.look(dict(shared.workers) if shared.is_running else {})
+        if found is not None and shared.is_running:
+            shared.hang, shared.is_running = found, False
+            _hand_on(signal.SIGKILL, shared.workers.values(), told=set())
     tail.read()
-    _judge(logs, failures, stop)
+    while shared.notes:
+        emit({"event": "note", "text": shared.notes.popleft()})
 
 
 class _Tail:
@@ -124,13 +201,17 @@ class _Tail:
 
 
 def _prepare(job: Job, logs: Logs) -> None:
-    """Nothing of an earlier job may be taken for this one's."""
+    """Nothing of an earlier job may be taken for this one's; the logs of its ranks are added to."""
     with disk_errors(logs.job):
         logs.folder.mkdir(exist_ok=True)
-        for path in (logs.events, logs.agent, outcome_path(logs.run), *logs.folder.glob("rank-*.*")):
-            path.unlink(missing_ok=True)
-        for path in logs.folder.glob("error-rank-*.json"):
-            path.unlink()
+        if not job.node:  # other machines may be at work already; their records carry their processes' ids
+            for path in (logs.events, logs.agent, outcome_path(logs.run)):
+                path.unlink(missing_ok=True)
+            for name in ("rank-*.pid", "rank-*.beat", "error-rank-*.json", "outcome-rank-*.json"):
+                for path in logs.folder.glob(name):
+                    path.unlink(missing_ok=True)
+            for path in logs.folder.glob("rank-*.log") if not job.resume else ():
+                path.unlink(missing_ok=True)
     store.write_atomic(logs.job, job.model_dump_json().encode())
 
 
@@ -139,9 +220,11 @@ def _environment(config: LaunchConfig) -> Iterator[None]:
     """What workers inherit: their share of the cores, the loopback interface, and whose children they are."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = {"BMCTL_PARENT": str(os.getpid())}
+    # Keys of an earlier round must not be found in a later one's store.
+    wanted["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if config.threads is not None or "OMP_NUM_THREADS" not in os.environ:
         wanted["OMP_NUM_THREADS"] = str(config.threads or max(1, cores // config.nproc))
-    if sys.platform == "linux" and "GLOO_SOCKET_IFNAME" not in os.environ:
+    if sys.platform == "linux" and "GLOO_SOCKET_IFNAME" not in os.environ and _is_here(config):
         wanted["GLOO_SOCKET_IFNAME"] = "lo"  # a host name that does not resolve must not matter on one machine
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
@@ -155,88 +238,45 @@ def _environment(config: LaunchConfig) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _pids(logs: Logs) -> list[int]:
-    """Of the workers that have begun."""
+def _is_here(config: LaunchConfig) -> bool:
+    """Whether all processes are on this machine."""
+    host = (config.rendezvous or "").rpartition(":")[0]
+    return config.nodes.max == 1 or host in ("localhost", "[::1]") or host.startswith("127.")
+
+
+def _begun(logs: Logs, shared: Shared) -> list[int]:
+    """Workers that catch signals by now."""
     found = []
-    for path in logs.folder.glob("rank-*.pid"):
+    for rank, pid in dict(shared.workers).items():
         with suppress(OSError, ValueError):
-            found.append(int(path.read_text()))
+            if int(logs.pid(rank).read_text()) == pid:
+                found.append(pid)
     return found
 
 
-def _hand_on(signum: int, pids: list[int], *, told: set[int]) -> None:
-    for pid in pids:
+def _hand_on(signum: int, pids: Iterable[int], *, told: set[int]) -> None:
+    for pid in list(pids):
         if pid not in told:
             told.add(pid)
             with suppress(ProcessLookupError):
                 os.kill(pid, signum)
 
 
-# -- how it ended -------------------------------------------------------------------------------------
-
-
-def _judge(logs: Logs, failures: dict[int, int], stop: Stop) -> None:
-    """Raise how the group was stopped, or its first failure.
-
-    Args:
-        failures: Exit code of every worker that failed; -N for signal N. Key -1: the agent itself.
-        stop: What this process was told.
-    """
-    outcome = _read(outcome_path(logs.run))
+def _raise_outcome(logs: Logs, shared: Shared, stop: Stop) -> None:
+    """Raise how the group was stopped, or its first failure."""
+    outcome, failure = shared.outcome, shared.failure
     # Without a signal from outside, it was the agent that stopped the rest after a failure.
-    if outcome is not None and (stop.requested is not None or outcome["exit_code"] == PreemptedError.exit_code):
-        raise error_from_dict(outcome)
-    errors = [found for path in sorted(logs.folder.glob("error-rank-*.json")) if (found := _read(path)) is not None]
-    errors.sort(key=lambda error: error["time"])
-    first = next((error for error in errors if not error["lost_peer"]), None)
-    if first is not None:
-        raise _told(first, logs)
-    if not failures:
+    if outcome is not None and (
+        failure is None or stop.requested is not None or outcome.exit_code == PreemptedError.exit_code
+    ):
+        raise outcome
+    if failure is None and stop.requested is None:
         return
+    if failure is not None and (failure.is_ours and not failure.is_echo):
+        raise failure.error
     if stop.requested is not None:
         from bmctl.engine.signals import interrupted
 
         raise interrupted(stop.requested, "the workers ended before a checkpoint was published")
-    # Whoever left no record was killed; the others only noticed, unless one had waited too long before.
-    silent = sorted(set(failures) - {error["rank"] for error in errors})
-    if silent and not (errors and "timed out" in errors[0]["message"].lower()):
-        raise _died(silent[0], failures[silent[0]], logs)
-    raise _told(errors[0], logs)
-
-
-def _told(error: dict[str, Any], logs: Logs) -> BmctlError:
-    rank, log = error["rank"], logs.of_rank(error["rank"])
-    if error["lost_peer"]:
-        return WorkerError(
-            f"rank {rank} lost the others, or waited for them longer than launch.timeout_s: {error['message']}",
-            hint=f"read {logs.folder}/rank-*.log",
-        )
-    if error["exit_code"] == 10 and error["error"] != "WorkerError":
-        return WorkerError(
-            f"rank {rank} failed: {error['error']}: {error['message']}\n{_last_lines(log)}", hint=f"read {log}"
-        )
-    return error_from_dict(error, prefix=f"rank {rank}: ")
-
-
-def _died(rank: int, exit_code: int, logs: Logs) -> WorkerError:
-    log = logs.of_rank(rank)
-    if rank < 0:
-        return WorkerError("the workers could not be started", hint=f"read {logs.agent}")
-    how = f"exited with {exit_code}"
-    if exit_code < 0:
-        how = f"was killed by {signal.Signals(-exit_code).name}"
-    if exit_code == -signal.SIGKILL:
-        how += " (out of memory?)"
-    return WorkerError(f"rank {rank} {how}\n{_last_lines(log)}".strip(), hint=f"read {log}")
-
-
-def _last_lines(log: Path) -> str:
-    try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return ""
-    return "\n".join(f"  {line}" for line in lines[-TAIL_LINES:])
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_bytes()) if path.exists() else None
+    assert failure is not None
+    raise failure.error

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from bmctl import __version__, store
-from bmctl.errors import PackageError, ResourceError, UsageError
+from bmctl.disk import disk_errors
+from bmctl.errors import PackageError, RecipeError, ResourceError, UsageError
 from bmctl.recipe import Recipe, recipe_yaml
 
 RUNS = Path("runs")
+BEGIN_S = 5.0
+"""How long the first machine of a job may take to make the run."""
 
 
 def run_path(recipe: Recipe, output: str | None) -> Path:
@@ -53,14 +59,22 @@ def newest_run() -> Path:
 
 
 @contextmanager
-def opened(path: Path, recipe: Recipe) -> Iterator[None]:
+def opened(path: Path, recipe: Recipe) -> Iterator[bool]:
     """Create the run or add to it, alone: a second process is refused while this one holds the lock.
+
+    Where the recipe names several machines, their processes share the run: the first to come owns it, the others must
+    have brought the same recipe.
+
+    Yields:
+        Whether the run is this process's own; else it joined other machines.
 
     Raises:
         UsageError: `path` exists and is not a run.
+        RecipeError: Another machine of this job came with another recipe.
         ResourceError: It cannot be written to, or another process is writing.
     """
-    if path.exists() and not is_run(path) and (not path.is_dir() or any(path.iterdir())):
+    many = recipe.launch.nodes.max > 1
+    if path.exists() and not is_run(path) and not (path.is_dir() and _is_free(path, many=many)):
         raise UsageError(f"{path} exists and is not a run of bmctl", hint="choose another directory: -o runs/NAME")
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -68,11 +82,82 @@ def opened(path: Path, recipe: Recipe) -> Iterator[None]:
         raise ResourceError(
             f"cannot create {path}: {error.strerror}", hint="choose another directory: -o RUN"
         ) from error
+    if many:
+        with _shared(path, recipe) as owns:
+            yield owns
+        return
     with store.locked(path):
-        store.write_atomic(path / "recipe.yaml", recipe_yaml(recipe).encode())
-        manifest = {"format": 1, "bmctl": __version__, "kind": "run", "name": recipe.name, "seed": recipe.seed}
-        store.write_atomic(path / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
-        yield
+        _write(path, recipe)
+        yield True
+
+
+def _write(path: Path, recipe: Recipe) -> None:
+    store.write_atomic(path / "recipe.yaml", recipe_yaml(recipe).encode())
+    manifest = {"format": 1, "bmctl": __version__, "kind": "run", "name": recipe.name, "seed": recipe.seed}
+    store.write_atomic(path / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+
+
+def _is_free(path: Path, *, many: bool) -> bool:
+    """Whether a directory can become a run: empty, or what another machine of the same job has just begun to make."""
+    names = {one.name for one in path.iterdir()}
+    return not names or (many and all(name in (".lock", "recipe.yaml") or ".tmp-" in name for name in names))
+
+
+@contextmanager
+def _shared(path: Path, recipe: Recipe) -> Iterator[bool]:
+    """Hold the run together with the other machines of one job."""
+    lock = path / ".lock"
+    with disk_errors(lock):
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        deadline = time.monotonic() + BEGIN_S
+        while (owns := _joined(handle, path, recipe)) is None:
+            if time.monotonic() >= deadline:
+                holder = os.pread(handle, 64, 0).decode(errors="replace").strip() or "unknown"
+                raise ResourceError(
+                    f"{path} is in use by another bmctl, process {holder}",
+                    hint=f"wait for it, stop it (kill {holder}), or name another run with -o",
+                )
+            time.sleep(0.1)
+        _check_same(path, recipe)
+        yield owns
+    finally:
+        os.close(handle)
+
+
+def _joined(handle: int, path: Path, recipe: Recipe) -> bool | None:
+    """Take the lock together with others: True for the first, which makes the run; None if it must be tried again."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        return False if is_run(path) else None
+    with disk_errors(path):
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+    _write(path, recipe)
+    fcntl.flock(handle, fcntl.LOCK_SH)
+    return True
+
+
+def _check_same(path: Path, recipe: Recipe) -> None:
+    there = (path / "recipe.yaml").read_text(encoding="utf-8")
+    mine = recipe_yaml(recipe)
+    if there == mine:
+        return
+    old = [line for line in there.splitlines() if line not in mine.splitlines()]
+    new = [line for line in mine.splitlines() if line not in there.splitlines()]
+    raise RecipeError(
+        f"{path} is being trained with another recipe: it says {_some(old)}, this one {_some(new)}",
+        hint="start bmctl distribute with the same recipe and the same overrides on all machines",
+    )
+
+
+def _some(lines: list[str]) -> str:
+    return "; ".join(" ".join(line.split()) for line in lines[:3]) or "nothing more"
 
 
 def append_event(path: Path, event: Mapping[str, object]) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from bmctl import package, rundir
 from bmctl.console import Console
 from bmctl.errors import BmctlError, UsageError
+from bmctl.job import is_restarted
 from bmctl.launch import is_worker
 from bmctl.recipe import Recipe, bare_recipe, load_recipe
 
@@ -49,17 +50,22 @@ class Options:
 
 @dataclass(frozen=True)
 class Session:
-    """A command that holds its run's lock."""
+    """A command that holds its run's lock.
+
+    Attributes:
+        owns: It came first; False where it joined other machines that were training in this run already.
+    """
 
     options: Options
     recipe: Recipe
     run: Path
     console: Console
+    owns: bool = True
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes and speaks: under torchrun, the first rank alone."""
-        return leads()
+        """Whether this process writes and speaks: under torchrun the first rank, of several machines the first."""
+        return leads() and self.owns
 
     def emit(self, event: Mapping[str, object]) -> None:
         """An event of the engine: into the run's metrics.jsonl, and onto the screen."""
@@ -76,11 +82,11 @@ def opened(options: Options, target: Target) -> Iterator[Session]:
     """Create or add to the run, alone; a bug's traceback is kept in the run's log."""
     recipe, run = target.recipe, target.run
     with options.console() as console:
-        session = Session(options, recipe, run, console)
         if not leads():
-            yield session  # rank 0 owns the directory
+            yield Session(options, recipe, run, console)  # rank 0 owns the directory
             return
-        with rundir.opened(run, recipe):
+        with rundir.opened(run, recipe) as owns:
+            session = Session(options, recipe, run, console, owns)
             if options.recipe is None:
                 console.note(f"run: {run}")
             try:
@@ -187,13 +193,21 @@ def _own_run(options: Options, overrides: list[str]) -> Target:
 
 
 def clear(run: Path, *, keep: int = 0) -> None:
-    """Before redoing (`--overwrite`): what stands on a stage goes with it; the first `keep` packages stay."""
+    """Before redoing (`--overwrite`): what stands on a stage goes with it; the first `keep` packages stay.
+
+    What torchrun starts again goes on instead.
+    """
+    if is_restarted():
+        return
     for path in package.list_packages(run)[keep:]:
         shutil.rmtree(path)
     for name in ("deploy", "evaluations", "measurements.json", "report.json", "report.md"):
         path = run / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     if keep == 0:
-        for name in ("checkpoints", "tensorboard", "metrics.jsonl"):
-            path = run / name
+        for path in (*(run / name for name in ("checkpoints", "tensorboard", "metrics.jsonl")), *_attempts(run)):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _attempts(run: Path) -> list[Path]:
+    return list((run / "logs").glob("attempts-*.json"))

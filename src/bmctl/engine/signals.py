@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from bmctl.errors import InterruptedRunError
+from bmctl.errors import BmctlError, InterruptedRunError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -19,16 +19,30 @@ class Stop:
     Attributes:
         requested: Number of the first signal received, or None.
         grace_s: Seconds after the first signal by which the block must have ended.
+        error: What `abort` ends the block with.
+        can_interrupt: Whether signals are caught, so that the main thread can be interrupted.
     """
 
     def __init__(self, *, grace_s: float = 30.0) -> None:
         self.requested: int | None = None
         self.grace_s = grace_s
+        self.error: BmctlError | None = None
+        self.can_interrupt = False
 
     def request(self, signum: int) -> None:
         """Ask for a stop at the next border; only the first call counts."""
         if self.requested is None:
             self.requested = signum
+
+    def abort(self, error: BmctlError) -> None:
+        """From another thread: end the block with this error, as soon as the main thread runs Python again."""
+        self.error = error
+        if self.can_interrupt:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+
+
+class _AbortedError(BaseException):
+    """Raised out of a handler, like _Abandoned."""
 
 
 class _Abandoned(BaseException):
@@ -57,6 +71,7 @@ def catch_signals(*, grace_s: float = 30.0) -> Iterator[Stop]:
 
     Raises:
         InterruptedRunError: At a second signal, or when `grace_s` have passed.
+        BmctlError: What `Stop.abort` was given.
     """
     stop = Stop(grace_s=grace_s)
     if threading.current_thread() is not threading.main_thread():
@@ -70,16 +85,23 @@ def catch_signals(*, grace_s: float = 30.0) -> Iterator[Stop]:
         signal.setitimer(signal.ITIMER_REAL, stop.grace_s)
 
     def on_alarm(_signum: int, _frame: FrameType | None) -> None:
+        if stop.error is not None:
+            raise _AbortedError(stop.error.message)
         assert stop.requested is not None
         raise _Abandoned(stop.requested, f"no checkpoint could be published within {stop.grace_s:g} s (train.grace_s)")
 
     before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
     before[signal.SIGALRM] = signal.signal(signal.SIGALRM, on_alarm)
+    stop.can_interrupt = True
     try:
         yield stop
     except _Abandoned as gone:
         raise interrupted(gone.signum, gone.why) from None
+    except _AbortedError:
+        assert stop.error is not None
+        raise stop.error from None
     finally:
+        stop.can_interrupt = False
         if stop.requested is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():

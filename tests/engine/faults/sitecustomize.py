@@ -1,12 +1,22 @@
-"""Faults for processes under test: on PYTHONPATH, with BMCTL_TEST_FAULT=KIND[:RANK:STEP], something goes wrong."""
+"""Faults for processes under test: on PYTHONPATH, with BMCTL_TEST_FAULT=KIND[:RANK:STEP[:DOING]], something goes wrong.
 
+It does when that rank says that it is at that step (and doing what begins with DOING). With BMCTL_TEST_ONCE=1 only
+before anything was started again. BMCTL_TEST_SAMPLES=FOLDER has every process write there which samples it took.
+"""
+
+import ctypes
+import json
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 
 KIND, _, WHERE = os.environ.get("BMCTL_TEST_FAULT", "").partition(":")
-RANK, STEP = (int(part) for part in WHERE.split(":")) if WHERE else (0, 0)
-HERE = KIND and int(os.environ.get("RANK", "0")) == RANK
+RANK, STEP, DOING = ([*WHERE.split(":"), "", "", ""][:3]) if WHERE else ("0", "0", "")
+HERE = KIND and os.environ.get("RANK", "0") == RANK
+AGAIN = os.environ.get("BMCTL_TEST_ONCE") and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+SAMPLES = os.environ.get("BMCTL_TEST_SAMPLES")
 
 
 def strike() -> None:
@@ -14,12 +24,28 @@ def strike() -> None:
 
     if KIND == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if KIND == "segv":
+        ctypes.string_at(0)
+    if KIND == "exit":
+        os._exit(91)
+    if KIND == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
     if KIND == "data":
         raise DataError("sample 7 cannot be read", hint="mend it")
     if KIND == "bug":
         raise ZeroDivisionError("a bug")
     if KIND == "hang":
         time.sleep(1000)
+    if KIND == "deaf":  # as in a driver that never returns to Python
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM, signal.SIGTERM])
+        time.sleep(1000)
+    if KIND == "hold":  # as in a call that keeps the interpreter to itself
+        ctypes.PyDLL(None).sleep(1000)
+    if KIND == "slow":
+        time.sleep(0.5)
+        return
+    if KIND.startswith("SIG"):
+        os.kill(os.getpid(), getattr(signal, KIND))
 
 
 if KIND == "sampler" and "RANK" in os.environ:
@@ -27,14 +53,33 @@ if KIND == "sampler" and "RANK" in os.environ:
 
     whole = loop.train_batches
     loop.train_batches = lambda split, **given: whole(split, **{**given, "rank": 0})
-elif HERE:
-    from bmctl.engine import loop
+elif (HERE or KIND == "slow") and not AGAIN:
+    from bmctl.engine.heartbeat import Heart
 
-    step = loop._step
+    beat, struck = Heart.beat, []
 
-    def faulty_step(setting, position, x_BCHW, y_B):
-        if position.step == STEP:
+    def faulty_beat(self, step, doing):
+        beat(self, step, doing)
+        at = KIND == "slow" or (str(step) == STEP and not struck)
+        if at and doing.startswith(DOING) and doing != "preparing":
+            struck.append(step)
             strike()
-        return step(setting, position, x_BCHW, y_B)
 
-    loop._step = faulty_step
+    Heart.beat = faulty_beat
+
+if SAMPLES and "bmctl" in " ".join(sys.orig_argv):
+    from bmctl.engine.data import Split
+
+    take = Split.pixel_batches
+
+    def noted(self, plan, *, first, every):
+        chosen = plan.steps(self.order(seed=plan.seed, epoch=plan.epoch))[first::every]
+        for indices, batch in zip(chosen, take(self, plan, first=first, every=every), strict=True):
+            first_step = plan.start_step + first
+            with Path(SAMPLES, f"{os.getpid()}.jsonl").open("a") as file:
+                line = {"time": time.time(), "epoch": plan.epoch, "step": first_step, "rank": plan.rank}
+                file.write(json.dumps({**line, "world": plan.world, "ids": indices.tolist()}) + "\n")
+            first += every
+            yield batch
+
+    Split.pixel_batches = noted
