@@ -27,8 +27,10 @@ from bmctl.disk import disk_errors, hidden_sibling, reach, remove_leftovers
 from bmctl.engine import pieces
 from bmctl.engine.pieces import Entry, Index, Piece
 from bmctl.engine.state import KINDS as KINDS
-from bmctl.engine.state import CheckpointManifest, State
+from bmctl.engine.state import CheckpointManifest as CheckpointManifest
 from bmctl.engine.state import Identity as Identity
+from bmctl.engine.state import Snapshot as Snapshot
+from bmctl.engine.state import State as State
 from bmctl.engine.state import Tensors as Tensors
 from bmctl.engine.state import check_identity as check_identity
 from bmctl.errors import PackageError
