@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -76,20 +77,20 @@ def layer_scales(model: nn.Module, decay: float | None) -> dict[str, float]:
             f"layer_decay: {type(model).__name__} has no repeated blocks whose rates could differ",
             hint="remove optimizer.layer_decay",
         )
-    place = {block: index for index, block in enumerate(blocks, start=1)}
-    last_block_seen, depths = 0, {}
-    last_inside = max(index for index, name in enumerate(names) if _block_of(name, place))
-    for index, name in enumerate(names):
-        last_block_seen = max(last_block_seen, _block_of(name, place))
-        inside = _block_of(name, place) or last_block_seen
-        depths[name] = inside if index <= last_inside else len(blocks) + 1
-    return {name: decay ** (len(blocks) + 1 - depth) for name, depth in depths.items()}
+    number = {block: index for index, block in enumerate(blocks, start=1)}
+    inside = [_block_of(name, number) for name in names]
+    num_before_head = max(index for index, block in enumerate(inside, start=1) if block)
+    reached = accumulate(inside, max)
+    depths = [block or before for block, before in zip(inside, reached, strict=True)][:num_before_head]
+    depths += [len(blocks) + 1] * (len(names) - num_before_head)
+    return {name: decay ** (len(blocks) + 1 - depth) for name, depth in zip(names, depths, strict=True)}
 
 
-def _block_of(name: str, place: dict[str, int]) -> int:
+def _block_of(name: str, number: dict[str, int]) -> int:
     """Number of the block, from 1, that a parameter lies in; 0 for none."""
     parts = name.split(".")
-    return next((place[path] for path in (".".join(parts[:end]) for end in range(len(parts))) if path in place), 0)
+    above = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return next((number[path] for path in above if path in number), 0)
 
 
 def matrices(model: nn.Module) -> list[str]:
@@ -98,31 +99,24 @@ def matrices(model: nn.Module) -> list[str]:
     Not among them are embeddings and other tables, convolutions, the last layer, and pruned weights, which would not
     stay zero when their matrix is made orthogonal.
     """
-    head = _last_layer(model)
+    heads = _heads(model)
     return [
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
-        if not isinstance(module, _EMBEDDINGS) and not has_mask(module) and prefix not in head
+        if module not in heads and not isinstance(module, _EMBEDDINGS) and not has_mask(module)
         for name, weight in module.named_parameters(recurse=False)
-        if weight.dim() == 2 and weight.requires_grad and (name == "weight" or name.endswith("_weight"))
+        if weight.dim() == 2
+        and min(weight.shape) > 1
+        and weight.requires_grad
+        and (name == "weight" or name.endswith("_weight"))
     ]
 
 
-def _last_layer(model: nn.Module) -> set[str]:
-    """The module, declared last, that makes the logits; all of them where a timm model names several."""
-    layers = {id(module): prefix for prefix, module in model.named_modules() if "weight" in dict(_own(module))}
+def _heads(model: nn.Module) -> list[nn.Module]:
+    """The layers that make the logits: those that a timm model names, else the one that is declared last."""
     told = getattr(model, "get_classifier", None)
     named = told() if callable(told) else None
-    heads = named if isinstance(named, (tuple, list)) else (named,)
-    found = {layers[id(head)] for head in heads if id(head) in layers}
-    matrix = [
-        prefix
-        for prefix, module in model.named_modules()
-        for name, weight in _own(module)
-        if name == "weight" and weight.dim() > 1
-    ]
-    return found or set(matrix[-1:])
-
-
-def _own(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return list(module.named_parameters(recurse=False))
+    found = [head for head in (named if isinstance(named, tuple | list) else [named]) if isinstance(head, nn.Module)]
+    layers = [module for module in model.modules() if getattr(module, "weight", None) is not None]
+    matrix = [layer for layer in layers if isinstance(layer.weight, nn.Parameter) and layer.weight.dim() > 1]
+    return [head for head in found if head in layers] or matrix[-1:]

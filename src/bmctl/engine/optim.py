@@ -7,14 +7,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from bmctl.engine.gathered import step_gathered
 from bmctl.engine.groups import matrices, parameter_groups
-from bmctl.engine.schedule import learning_rate as learning_rate
-from bmctl.errors import PackageError
+from bmctl.errors import PackageError, RecipeError
 from bmctl.fit import SGD, Adafactor, Adam, AdamW, Muon, Optimizer, RMSprop
 
 Read = Callable[[str, torch.Tensor | None], torch.Tensor]
 """Gives the saved tensor of a key; for a DTensor as second argument, a DTensor that is spread in the same way."""
+
+_WHOLE = (torch.optim.Muon, torch.optim.Adafactor)
 
 
 class Optimizers:
@@ -44,12 +47,12 @@ class Optimizers:
             scaler.step(self)  # type: ignore[arg-type]
             return
         for part in self.parts:
-            part.step()
+            step_gathered(part) if isinstance(part, _WHOLE) and _is_shared(part.param_groups) else part.step()
 
-    def zero_grad(self, *, set_to_none: bool = True) -> None:
+    def zero_grad(self) -> None:
         """Let go of all gradients."""
         for part in self.parts:
-            part.zero_grad(set_to_none=set_to_none)
+            part.zero_grad(set_to_none=True)
 
     def set_rate(self, rate: float) -> None:
         """The learning rate of the next step; each group's is `scale` times that."""
@@ -112,20 +115,28 @@ def build_optimizer(model: nn.Module, config: Optimizer) -> Optimizers:
         model: With its parameters where they will stay: on the device, sharded.
 
     Raises:
-        RecipeError: `layer_decay` for a model without repeated blocks.
+        RecipeError: `layer_decay` for a model without repeated blocks; Muon for one without matrices.
     """
     if isinstance(config, Muon):
-        names = matrices(model)
-        rest = [name for name, _ in model.named_parameters() if name not in set(names)]
-        parts: list[torch.optim.Optimizer] = []
-        if groups := parameter_groups(model, config, only=set(names)):
-            parts.append(
-                torch.optim.Muon(groups, lr=config.lr, momentum=config.momentum, adjust_lr_fn="match_rms_adamw")
-            )
-        if groups := parameter_groups(model, config, only=set(rest)):
-            parts.append(torch.optim.AdamW(groups, lr=config.lr, fused=True))
-        return _started(parts, config.lr)
+        return _started(_muon_parts(model, config), config.lr)
     return _started([_one_part(parameter_groups(model, config), config)], config.lr)
+
+
+def _muon_parts(model: nn.Module, config: Muon) -> list[torch.optim.Optimizer]:
+    names = set(matrices(model))
+    if not names:
+        raise RecipeError(
+            f"optimizer.name: muon is for matrices, and {type(model).__name__} has none but that of its last layer",
+            hint="take adamw or sgd: --set train.optimizer.name=adamw",
+        )
+    rest = {name for name, _ in model.named_parameters()} - names
+    groups = parameter_groups(model, config, only=names)
+    parts: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(groups, lr=config.lr, momentum=config.momentum, adjust_lr_fn="match_rms_adamw")
+    ]
+    if groups := parameter_groups(model, config, only=rest):
+        parts.append(torch.optim.AdamW(groups, lr=config.lr, fused=True))
+    return parts
 
 
 def _one_part(groups: list[Any], config: Optimizer) -> torch.optim.Optimizer:
@@ -134,11 +145,25 @@ def _one_part(groups: list[Any], config: Optimizer) -> torch.optim.Optimizer:
     if isinstance(config, Adam):
         return torch.optim.Adam(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=True)
     if isinstance(config, SGD):
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+        # torch 2.14 has no fused SGD for DTensors.
+        fused = not _is_shared(groups)
+        return torch.optim.SGD(
+            groups,
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            fused=fused,
+            foreach=not fused,
+        )
     if isinstance(config, RMSprop):
         return torch.optim.RMSprop(groups, lr=config.lr, alpha=config.alpha, momentum=config.momentum, foreach=True)
     assert isinstance(config, Adafactor)
     return torch.optim.Adafactor(groups, lr=config.lr, foreach=True)
+
+
+def _is_shared(groups: list[Any]) -> bool:
+    """Whether each process holds a part of the parameters only."""
+    return any(isinstance(weight, DTensor) for group in groups for weight in group["params"])
 
 
 def _started(parts: list[torch.optim.Optimizer], rate: float) -> Optimizers:
@@ -165,31 +190,17 @@ def _state_of(part: torch.optim.Optimizer, weight: torch.Tensor) -> dict[str, to
             return step | {"variance": like}
         rows, columns = list(weight.shape), list(weight.shape)
         rows[-1] = columns[-2] = 1
-        return step | {"row_var": like.new_empty(rows), "col_var": like.new_empty(columns)}
+        row_var, col_var = (torch.empty(shape, dtype=like.dtype, device=like.device) for shape in (rows, columns))
+        return step | {"row_var": row_var, "col_var": col_var}
     return {"momentum_buffer": like} if group["momentum"] or isinstance(part, torch.optim.Muon) else {}
 
 
 def _fitted(key: str, like: torch.Tensor, read: Read) -> torch.Tensor:
     """The saved tensor of a key in the layout of `like`: kernels walk over memory, and take it to be the weight's."""
     found = read(key, like)
-    if found.shape != like.shape and not (found.numel() == like.numel() == 1) or found.dtype != like.dtype:
+    if found.dtype != like.dtype or (found.shape != like.shape and not found.numel() == like.numel() == 1):
         raise PackageError(
             f"the checkpoint's optimizer state {key} {tuple(found.shape)} does not fit this model",
             hint="go on with the recipe that it was made by, or begin anew with --overwrite",
         )
     return torch.empty_like(like, memory_format=torch.preserve_format).copy_(found.reshape(like.shape))
-
-
-# -- the loop's earlier names ---------------------------------------------------------------------------
-
-
-def set_learning_rate(optimizer: Optimizers, rate: float) -> None:
-    optimizer.set_rate(rate)
-
-
-def optimizer_tensors(optimizer: Optimizers, model: nn.Module) -> dict[str, torch.Tensor]:
-    return optimizer.tensors(model)
-
-
-def load_optimizer(optimizer: Optimizers, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    optimizer.load(model, tensors, lambda key, like: tensors[key])
