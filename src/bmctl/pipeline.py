@@ -315,9 +315,14 @@ def _up_to(target: Target, verb: str) -> Target:
 
 
 def _plan(options: Options, target: Target, *, stages: Sequence[str]) -> int:
-    """What would be done, without torch."""
-    lines = [(stage, text) for stage, text in describe(target.recipe) if stage in ("run", *stages)]
-    return _say(options, {"run": str(target.run), **dict(lines)})
+    """What would be done; torch is needed only for the arithmetic of several processes."""
+    recipe = target.recipe
+    lines = {stage: text for stage, text in describe(recipe) if stage in ("run", *stages)}
+    if "train" in lines and recipe.launch.worlds[-1] > 1:
+        from bmctl.engine.planning import sharing
+
+        lines |= sharing(recipe)
+    return _say(options, {"run": str(target.run), **lines})
 
 
 def _say(options: Options, fields: Mapping[str, str]) -> int:

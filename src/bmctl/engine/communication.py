@@ -67,7 +67,11 @@ class BucketClock:
         self._clock, self._world = clock, world
         self._ready: float | torch.cuda.Event | None = None
 
-    def average(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def average(
+        self,
+        _: None,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+    ) -> torch.futures.Future[torch.Tensor]:
         gradients, is_last = bucket.buffer(), bucket.is_last()
         gradients.div_(self._world)
         self._ready = self._clock.now() if is_last else None

@@ -8,10 +8,10 @@ Source: DDP, Li et al. 2020, https://arxiv.org/abs/2006.15704; FSDP, Zhao et al.
 from __future__ import annotations
 
 import copy
+import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -22,9 +22,13 @@ from torch.distributed.tensor import DTensor
 from bmctl.engine.blocks import find_blocks
 from bmctl.engine.communication import BucketClock, Clock, TimedAllGather, TimedReduceScatter
 from bmctl.engine.moving import MovingBuffers
-from bmctl.engine.parallel import Group, mesh_of
+from bmctl.engine.outline import memory_at_hand, on_meta, outline_of
+from bmctl.engine.parallel import Group, gather, mesh_of
 from bmctl.engine.precision import Precision
+from bmctl.engine.recompute import keep_activations
+from bmctl.engine.strategy import Strategy, choose
 from bmctl.errors import RecipeError
+from bmctl.fit import Fit
 from bmctl.recipe import LaunchConfig
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,7 +50,7 @@ class Shared:
         *,
         forward: nn.Module,
         group: Group,
-        strategy: Literal["single", "ddp", "fsdp"],
+        strategy: Strategy,
         reason: str,
         clock: Clock,
         empty: nn.Module | None = None,
@@ -160,27 +164,53 @@ class Shared:
         return copy.deepcopy(self._empty, memo).train(self.model.training)
 
 
-def share(model: nn.Module, *, group: Group, launch: LaunchConfig, precision: Precision) -> Shared:
+def share(
+    model: nn.Module,
+    *,
+    group: Group,
+    launch: LaunchConfig,
+    precision: Precision,
+    fit: Fit = Fit(),  # noqa: B008  (frozen)
+    batch_size: int = 1,
+    sample_shape: Sequence[int] | None = None,
+) -> Shared:
     """Hand a model to a group: from now on every rank has rank 0's weights, and steps exchange gradients.
 
     Args:
         model: The same architecture on every rank, in fp32; it is changed in place and goes to the group's device. For
-            fsdp on a GPU it may still be in the machine's memory, so that the GPU never holds all of it.
+            fsdp on GPUs it may come in the machine's memory, so that no GPU ever holds all of it.
+        batch_size: Samples of a step over all processes.
+        sample_shape: Of one input, without the batch, such as (C, H, W); None if nobody knows.
 
     Raises:
         RecipeError: `launch.cpu_offload` where there is nothing to offload.
+        UnsupportedError: fsdp with an optimizer that needs whole matrices.
     """
     clock = Clock(group.device)
     if launch.cpu_offload and (group.device.type != "cuda" or group.world == 1):
-        where = "this process computes on the CPU" if group.device.type != "cuda" else "one process has no group"
-        raise RecipeError(f"launch.cpu_offload: {where}", hint="--set launch.cpu_offload=false")
+        where = "on the CPU it is there already" if group.device.type != "cuda" else "one process shares nothing"
+        raise RecipeError(
+            f"launch.cpu_offload keeps fsdp's part of a model off the GPU, but {where}",
+            hint="--set launch.cpu_offload=false",
+        )
     if group.world == 1:
         model.to(group.device)
-        return Shared(model, forward=model, group=group, strategy="single", reason="one process", clock=clock)
-    if launch.strategy == "fsdp" or launch.cpu_offload:
-        empty = _on_meta(model)
+        return Shared(model, forward=model, group=group, strategy="single", reason="there is one process", clock=clock)
+    outline = outline_of(model, sample_shape=sample_shape)
+    strategy, reason = choose(
+        outline,
+        fit=fit.model_copy(update={"precision": precision.name}),
+        launch=launch,
+        world=group.world,
+        batch_size=batch_size,
+        memory_bytes=memory_at_hand(group.device, num_local=int(os.environ.get("LOCAL_WORLD_SIZE", group.world))),
+    )
+    # Machines may differ; the first one's memory decides for all.
+    strategy, reason = gather(group, {"strategy": strategy, "reason": reason})[0].values()
+    if strategy == "fsdp":
+        empty = on_meta(model)
+        keep_activations(empty)
         _shard(model, group=group, precision=precision, clock=clock, offload=launch.cpu_offload)
-        reason = "the recipe says so"
         return Shared(model, forward=model, group=group, strategy="fsdp", reason=reason, clock=clock, empty=empty)
     model.to(group.device)
     forward = nn.parallel.DistributedDataParallel(
@@ -188,9 +218,11 @@ def share(model: nn.Module, *, group: Group, launch: LaunchConfig, precision: Pr
         device_ids=[group.device] if group.device.type == "cuda" else None,
         forward_sync_buffers=False,  # MovingBuffers does, when somebody reads them
         gradient_as_bucket_view=True,
+        # Not static_graph, which knows such parameters at no cost: torch refuses it with no_sync in the first step.
+        find_unused_parameters=bool(outline.unused),
     )
     forward.register_comm_hook(None, BucketClock(clock, world=group.world).average)
-    return Shared(model, forward=forward, group=group, strategy="ddp", reason="the recipe says so", clock=clock)
+    return Shared(model, forward=forward, group=group, strategy="ddp", reason=reason, clock=clock)
 
 
 # -- fsdp -------------------------------------------------------------------------------------------
@@ -233,16 +265,6 @@ def _own_blocks(model: nn.Module) -> list[nn.Module]:
     uses = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     blocks = find_blocks(model).values()
     return [block for block in blocks if all(uses[id(weight)] == 1 for weight in block.parameters())]
-
-
-def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy of the model without memory; what is tied stays tied."""
-    memo: dict[int, object] = {}
-    for weight in model.parameters():
-        memo[id(weight)] = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=weight.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
