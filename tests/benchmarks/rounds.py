@@ -92,14 +92,14 @@ class Contender:
         for process in self._processes:
             self._read(process)
 
-    def run(self, steps: int) -> float:
-        """Seconds of one step, over `steps` of them; of a group those of its slowest process."""
+    def run(self, steps: int, *, clock: str = "seconds") -> float:
+        """Seconds of one step, over `steps` of them, or `cpu_seconds`; of a group those of its slowest process."""
         time.sleep(SETTLE_S)
         for process in self._processes:
             assert process.stdin is not None
             process.stdin.write(json.dumps({"steps": steps}) + "\n")
             process.stdin.flush()
-        return max(self._read(process)["seconds"] for process in self._processes)
+        return max(self._read(process)[clock] for process in self._processes)
 
     def close(self) -> None:
         for process in self._processes:
@@ -136,13 +136,19 @@ def contenders(made: Mapping[str, Mapping[str, Any]], *, folder: Path) -> Iterat
 
 
 def interleave(
-    them: Mapping[str, Contender], *, steps: int | Mapping[str, int], warm_up: int, rounds: int = ROUNDS
+    them: Mapping[str, Contender],
+    *,
+    steps: int | Mapping[str, int],
+    warm_up: int,
+    rounds: int = ROUNDS,
+    clock: str = "seconds",
 ) -> dict[str, np.ndarray]:
     """Seconds per step, [rounds] for each: in every round each has its turn, in an order drawn anew.
 
     Args:
         steps: Of a turn; one number, or one for each.
         warm_up: Steps of each before the first round.
+        clock: `seconds` of the wall, or `cpu_seconds` of all of a process's threads, which others do not slow down.
     """
     turn = dict.fromkeys(them, steps) if isinstance(steps, int) else dict(steps)
     for contender in them.values():
@@ -152,7 +158,7 @@ def interleave(
     for _ in range(rounds):
         drawn.shuffle(order)
         for label in order:
-            took[label].append(them[label].run(turn[label]))
+            took[label].append(them[label].run(turn[label], clock=clock))
     return {label: np.array(seconds) for label, seconds in took.items()}
 
 
