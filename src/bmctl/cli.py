@@ -213,12 +213,12 @@ def infer(
 def import_(
     flags: Flags,
     source: Annotated[
-        str, typer.Argument(help="timm:NAME, torchvision:NAME, transformers:NAME, a state dict, or an .onnx.")
+        str, typer.Argument(help="timm:NAME, torchvision:NAME, transformers:NAME, a state dict, .onnx or checkpoint.")
     ],
     model: Annotated[str | None, typer.Option("--model", help="The model that a state dict belongs to.")] = None,
     match: Annotated[str, typer.Option("--match", help="Match tensors by name or by position.")] = "name",
 ) -> int:
-    """Package a pretrained model; a name asks for the download."""
+    """Package a pretrained model or a checkpoint; a name asks for the download."""
     from bmctl import pipeline
     from bmctl.session import Options
 

@@ -137,10 +137,10 @@ def infer(
 
 
 def import_model(options: Options, *, source: str, model: str | None, match: str) -> int:
-    """Package a pretrained model, a state dict or an ONNX file as the first package of a run."""
+    """Package a pretrained model, a state dict, an ONNX file or a checkpoint as the first package of a run."""
     if match not in ("name", "position"):
         raise UsageError(f"--match {match}: no such way", hint="name or position")
-    target = import_target(options, name=model or source)
+    target = import_target(_with_own_recipe(options, source), name=model or source)
     if options.dry_run:
         return _say(options, {"import": source, "into": str(target.run)})
     with opened(options, target) as session:
@@ -148,6 +148,17 @@ def import_model(options: Options, *, source: str, model: str | None, match: str
             clear(session.run)
         _import(session, source, model=model, match=cast(Literal["name", "position"], match))
         return _finish(session)
+
+
+def _with_own_recipe(options: Options, source: str) -> Options:
+    """For a checkpoint of a run: that run's recipe, unless another is named."""
+    around = [path.parent for path in Path(source).absolute().parents if path.name == "checkpoints"]
+    if not around or not Path(source).is_dir():
+        return options
+    if options.output is None:
+        raise UsageError(f"{source} is a checkpoint: say which run its package begins", hint="add -o runs/NAME")
+    recipe = around[0] / "recipe.yaml"
+    return options if options.recipe or not recipe.is_file() else replace(options, recipe=str(recipe))
 
 
 def evaluate(options: Options, *, source: str | None, split: str) -> int:

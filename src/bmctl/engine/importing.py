@@ -1,12 +1,12 @@
-"""A model that somebody else trained becomes the first package of a run: published, a state dict, or an ONNX file."""
+"""A model becomes the first package of a run: published, a state dict, an ONNX file, or a checkpoint of ours."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from bmctl import models, store
 from bmctl.disk import disk_errors
-from bmctl.engine import appraise, measure, statedict
+from bmctl.engine import appraise, consolidate, measure, statedict
 from bmctl.engine.context import StageContext
 from bmctl.errors import DataError, PackageError, RecipeError, ResourceError, UsageError
 from bmctl.models import InputDefaults, ModelConfig, ModelSpec
@@ -34,6 +34,7 @@ class Imported:
 
     Attributes:
         log: Which tensor went where, one a line.
+        known: Further fields of the manifest, where there are no data to take them from.
     """
 
     spec: ModelSpec
@@ -42,6 +43,7 @@ class Imported:
     class_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
     log: str = ""
+    known: Mapping[str, Any] = field(default_factory=dict)
 
 
 def import_stage(
@@ -51,7 +53,8 @@ def import_stage(
 
     Args:
         context: Its recipe may have data and a task: then the classes must fit, and the package is evaluated.
-        source: ``timm:NAME``, ``torchvision:NAME``, ``transformers:NAME``; or the path of a state dict or an .onnx.
+        source: ``timm:NAME``, ``torchvision:NAME``, ``transformers:NAME``; or the path of a state dict, an .onnx, or
+            a checkpoint such as RUN/checkpoints/train/latest.
         model: For a state dict: the model that it belongs to, such as ``timm:resnet18``; else the recipe's.
         match: Whether tensors are matched by name or by position.
 
@@ -65,8 +68,11 @@ def import_stage(
     """
     path, published = Path(source), PUBLISHED.fullmatch(source) is not None
     is_graph = path.suffix == ".onnx" and not published
-    if model is not None and (published or is_graph):
+    is_checkpoint = not published and consolidate.is_checkpoint(path)
+    if model is not None and (published or is_graph or is_checkpoint):
         raise UsageError(f"--model {model} is for a state dict; {source} says itself what it is", hint="leave it out")
+    if is_checkpoint:
+        return _import_checkpoint(context, path)
     if not published:
         _check_file(path)
     config = None if is_graph else _model_config(context, source if published else model, path=path)
@@ -84,6 +90,23 @@ def import_stage(
     return _publish(context, found, source=source, key=key, target=target)
 
 
+def _import_checkpoint(context: StageContext, path: Path) -> ModelPackage:
+    path = path.resolve()  # `latest` may be another one by the time that it is read
+    key, target = _key(context, store.manifest_hash(path), match="name"), context.run / "packages" / f"00-{STAGE}"
+    done = _find_done(context, target, key=key)
+    if done is not None:
+        return done
+    about, model, words = consolidate.open_model(path)
+    # Without a recipe that has data, those of the training are remembered; they need not be on this machine.
+    evaluated = context.recipe.model is not None or context.recipe.data is not None
+    if not evaluated:
+        recipe = consolidate.read_recipe(about) or context.recipe
+        context = replace(context, recipe=recipe.model_copy(update={"name": context.recipe.name}))
+    known = {"task": about.task, "data_fingerprint": about.data_fingerprint, "history": about.history}
+    imported = Imported(about.model, model, about.preprocess, about.class_names, (words,), known=known)
+    return _publish(context, imported, source=str(path), key=key, target=target, evaluated=evaluated)
+
+
 def _check_file(path: Path) -> None:
     if path.is_dir():
         raise PackageError(f"{path} is a directory; a package or run needs no import", hint=f"bmctl compress {path}")
@@ -94,7 +117,7 @@ def _check_file(path: Path) -> None:
     if path.suffix not in (*statedict.SUFFIXES, ".onnx"):
         raise PackageError(
             f"{path}: {path.suffix or 'a file without a suffix'} is not read",
-            hint=f"one of {', '.join((*statedict.SUFFIXES, '.onnx'))}",
+            hint=f"one of {', '.join((*statedict.SUFFIXES, '.onnx'))}, or a checkpoint's directory",
         )
 
 
@@ -231,14 +254,18 @@ def resolve_input(context: StageContext, config: ModelConfig, *, known: InputDef
 # -- the package ------------------------------------------------------------------------------------
 
 
-def _publish(context: StageContext, found: Imported, *, source: str, key: str, target: Path) -> ModelPackage:
+def _publish(
+    context: StageContext, found: Imported, *, source: str, key: str, target: Path, evaluated: bool = True
+) -> ModelPackage:
     model, preprocess = found.model.eval(), found.preprocess
     example = torch.zeros(2, preprocess.channels, *preprocess.size)
     with torch.inference_mode():
         logits = model(example)
     if tuple(logits.shape) != (2, len(found.class_names)):
         raise PackageError(f"{source} gives outputs {list(logits.shape)}, not [2, {len(found.class_names)}]")
-    class_names, recorded = check_data(context, found.class_names, preprocess=preprocess, source=source)
+    class_names, recorded = found.class_names, dict[str, Any]()
+    if evaluated:
+        class_names, recorded = check_data(context, class_names, preprocess=preprocess, source=source)
     metrics: dict[str, Any] = {
         "num_params": measure.num_params(model),
         "num_nonzero": measure.num_nonzero(model),
@@ -246,7 +273,7 @@ def _publish(context: StageContext, found: Imported, *, source: str, key: str, t
         "precision": "fp32",
     }
     evaluation = None
-    if appraise.has_metric(context, preprocess):
+    if evaluated and appraise.has_metric(context, preprocess):
         evaluation = appraise.score_module(context, model, preprocess=preprocess)
         metrics["val"] = appraise.metric_of(evaluation)
     shape = (None, preprocess.channels, *preprocess.size)
@@ -261,7 +288,7 @@ def _publish(context: StageContext, found: Imported, *, source: str, key: str, t
         class_names=class_names,
         metrics=metrics,
         notes=(f"imported from {source}", *found.notes),
-        **recorded,
+        **{**found.known, **recorded},
     )
     if found.log:
         _write_log(context, found.log)
