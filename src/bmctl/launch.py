@@ -73,7 +73,7 @@ def _run_here(job: Job, config: LaunchConfig, *, emit: Emit) -> None:
         _raise_final(logs)
         end_with(os.getppid())
     try:
-        with beating(logs.beat(rank)) as heart, catch_signals() as stop:
+        with catch_signals() as stop, beating(logs.beat(rank)) as heart:
             try:
                 with watched(heart, logs, rank=rank, timeout_s=config.timeout_s, stop=stop):
                     run_job(job, config, emit=emit, stop=stop, heart=heart)

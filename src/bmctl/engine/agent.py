@@ -148,7 +148,7 @@ class Agent(LocalElasticAgent):
                     return
                 if not self._goes_on():
                     return
-                self._begin_again(f"stopped at step {self._newest()}: machines come or go")
+                self._begin_again(f"stopped at {self._newest()}: machines come or go")
             elif result.state in (WorkerState.UNHEALTHY, WorkerState.FAILED):
                 if not self._try_again():
                     return
@@ -248,8 +248,9 @@ class Agent(LocalElasticAgent):
                 return error_from_dict(found)
         return None
 
-    def _newest(self) -> int:
-        return newest_step(self._logs.run, self._job.checkpoints) or 0
+    def _newest(self) -> str:
+        step = newest_step(self._logs.run, self._job.checkpoints)
+        return "the beginning" if step is None else f"step {step}"
 
     def _try_again(self) -> bool:
         """After a failure: start again where that can help."""
@@ -264,7 +265,7 @@ class Agent(LocalElasticAgent):
         if most == 0:
             return False
         if failure.is_echo and self._is_shared:
-            self._shared.notes.append(f"a process of another machine is gone; going on from step {self._newest()}")
+            self._shared.notes.append(f"a process of another machine is gone; going on from {self._newest()}")
         else:
             try:
                 self._attempts.check()
@@ -275,7 +276,7 @@ class Agent(LocalElasticAgent):
                 return False
             self._remaining_restarts -= 1
             done = most - self._remaining_restarts
-            self._shared.notes.append(f"{failure.brief}; restart {done} of {most} from step {self._newest()}")
+            self._shared.notes.append(f"{failure.brief}; restart {done} of {most} from {self._newest()}")
         self._shared.failure = None
         self._resume()
         self._stop_workers(self._worker_group)

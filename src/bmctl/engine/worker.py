@@ -122,7 +122,7 @@ def main(argv: Sequence[str]) -> int:
     _write_to(logs.of_rank(rank))
     dump_on_signal()
     try:
-        with beating(logs.beat(rank)) as heart, catch_signals() as stop:
+        with catch_signals() as stop, beating(logs.beat(rank)) as heart:
             store.write_atomic(logs.pid(rank), str(os.getpid()).encode())
             recipe = load_recipe(Path(job.run) / "recipe.yaml")
             run_job(job, recipe.launch, emit=lambda event: _append(logs.events, event), stop=stop, heart=heart)

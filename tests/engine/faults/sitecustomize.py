@@ -1,7 +1,8 @@
 """Faults for processes under test: on PYTHONPATH, with BMCTL_TEST_FAULT=KIND[:RANK:STEP[:DOING]], something goes wrong.
 
-It does when that rank says that it is at that step (and doing what begins with DOING). With BMCTL_TEST_ONCE=1 only
-before anything was started again. BMCTL_TEST_SAMPLES=FOLDER has every process write there which samples it took.
+It does when that rank says that it is at that step (and doing what begins with DOING), or with BMCTL_TEST_AT=POINT when
+it comes to that point of the save protocol; step -1 is before the first. With BMCTL_TEST_ONCE=1 only before anything was
+started again. BMCTL_TEST_SAMPLES=FOLDER has every process write there which samples it took.
 """
 
 import ctypes
@@ -16,6 +17,7 @@ KIND, _, WHERE = os.environ.get("BMCTL_TEST_FAULT", "").partition(":")
 RANK, STEP, DOING = ([*WHERE.split(":"), "", "", ""][:3]) if WHERE else ("0", "0", "")
 HERE = KIND and os.environ.get("RANK", "0") == RANK
 AGAIN = os.environ.get("BMCTL_TEST_ONCE") and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+AT = os.environ.get("BMCTL_TEST_AT")
 SAMPLES = os.environ.get("BMCTL_TEST_SAMPLES")
 
 
@@ -51,8 +53,20 @@ def strike() -> None:
 if KIND == "sampler" and "RANK" in os.environ:
     from bmctl.engine import loop
 
-    whole = loop.train_batches
-    loop.train_batches = lambda split, **given: whole(split, **{**given, "rank": 0})
+    whole = loop.open_loader
+    loop.open_loader = lambda split, **given: whole(split, **{**given, "rank": 0})
+elif HERE and AT and not AGAIN:
+    from bmctl import disk
+
+    reach, struck = disk.reach, []
+
+    def faulty_reach(point):
+        if point == AT and not struck:
+            struck.append(point)
+            strike()
+        reach(point)
+
+    disk.reach = faulty_reach
 elif (HERE or KIND == "slow") and not AGAIN:
     from bmctl.engine.heartbeat import Heart
 
@@ -60,8 +74,9 @@ elif (HERE or KIND == "slow") and not AGAIN:
 
     def faulty_beat(self, step, doing):
         beat(self, step, doing)
-        at = KIND == "slow" or (str(step) == STEP and not struck)
-        if at and doing.startswith(DOING) and doing != "preparing":
+        if KIND == "slow" and doing == "training":
+            strike()
+        elif str(step) == STEP and doing.startswith(DOING) and not struck:
             struck.append(step)
             strike()
 
