@@ -209,12 +209,16 @@ def go_on(setting: Setting, found: Checkpoint) -> Position:
     setting.log.note(f"going on from step {position.step} of {setting.num_steps}")
     then, now = (manifest.world, manifest.threads, manifest.device), (group.world, group.threads, group.device.type)
     if then != now:
-        words = "{} processes with {} threads on {}"
         setting.log.note(
-            f"begun by {words.format(*then)}, going on by {words.format(*now)}: "
+            f"begun by {_crew(*then)}, going on by {_crew(*now)}: "
             "the same samples in every step, but not the same weights bit for bit"
         )
     return position
+
+
+def _crew(world: int, threads: int, device: str) -> str:
+    plural = ["" if number == 1 else ending for number, ending in ((world, "es"), (threads, "s"))]
+    return f"{world} process{plural[0]} with {threads} thread{plural[1]} on {device}"
 
 
 def _restore(setting: Setting, found: Checkpoint) -> Position:
