@@ -21,8 +21,11 @@ slow: setup
 check: setup
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && $(PY) -m pytest -q tests/test_architecture.py
 
-bench: setup
+bench: .venv/.bench
 	$(PY) -m pytest tests/benchmarks -m bench -s
+
+.venv/.bench: .venv/.done
+	$(PY) -m pip install -q --group bench && touch $@
 
 # The same tests with the oldest versions that pyproject.toml allows.
 bounds:

@@ -279,7 +279,6 @@ SHOWN: Mapping[str, Callable[[Console, Mapping[str, object], str], None]] = {
     "start": lambda console, event, stage: console.heading(stage, wording.start_line(event)),
     "step": lambda console, event, stage: console.progress(event),
     "progress": lambda console, event, stage: console.progress(event),
-    "epoch": lambda console, event, stage: console.line(wording.evaluation_line(event), stage=stage),
     "evaluation": lambda console, event, stage: console.line(wording.evaluation_line(event), stage=stage),
     "note": lambda console, event, stage: console.note(str(event.get("text", "")), stage=stage),
     "skip": lambda console, event, stage: console.heading(stage, wording.skip_line(event)),

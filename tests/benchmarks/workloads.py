@@ -9,9 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import timm
 import torch
-import torchvision
 from torch import nn
 
 from bmctl.engine.data import Split, train_batches
@@ -52,11 +50,15 @@ class Featherweight(nn.Module):
 
 
 def resnet18() -> nn.Module:
+    import torchvision
+
     return torchvision.models.resnet18(num_classes=NUM_CLASSES)
 
 
 def transformer(*, size: int = 128, patch: int = 8) -> nn.Module:
     """Six layers of 384, 256 tokens."""
+    import timm
+
     return timm.create_model("vit_small_patch16_224", img_size=size, patch_size=patch, depth=6, num_classes=NUM_CLASSES)
 
 

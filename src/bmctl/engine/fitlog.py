@@ -132,10 +132,6 @@ class FitLog:
         values = {"train/loss": loss, f"train/{self._metric}": metric, "train/lr": lr, "samples_per_s": speed}
         self._draw(step, values | times)
 
-    def epoch(self, step: int, *, loss: float, metric: float, val_metric: float, val_loss: float | None) -> None:
-        """An evaluation at the end of an epoch."""
-        self.evaluation(step, loss=loss, metric=metric, val_metric=val_metric, val_loss=val_loss, event="epoch")
-
     def evaluation(
         self,
         step: int,
@@ -145,7 +141,6 @@ class FitLog:
         val_metric: float,
         val_loss: float | None,
         is_best: bool = False,
-        event: str = "evaluation",
     ) -> None:
         """Tell what an evaluation found; its seconds are those of the steps since the last one.
 
@@ -160,7 +155,7 @@ class FitLog:
             "epochs": -(-self._num_steps // self._steps_per_epoch),
         }
         self.emit(
-            event,
+            "evaluation",
             **(counted if self._by_epoch else {}),
             step=step,
             steps=self._num_steps,
