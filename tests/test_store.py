@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -376,6 +377,23 @@ def test_only_the_leftovers_of_the_dead_are_removed(tmp_path: Path) -> None:
     file.write_text("half")
     put(tmp_path / "t", "one")
     assert set(names(tmp_path)) == {alive.name, mine.name, "t"}
+
+
+def test_the_pid_of_a_dead_maker_may_be_anothers_by_now(tmp_path: Path) -> None:
+    """In a container the same command often gets the same pid again."""
+    leftover = tmp_path / "made-earlier"
+    leftover.mkdir()
+    time.sleep(1.5)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as later:
+        # A rename would make it new: the name is what the earlier process gave it.
+        named = f".t.tmp-{later.pid}-0123abcd"
+        made = disk._is_maker_alive(later.pid, leftover)
+        (tmp_path / named).mkdir()
+        assert not made
+        disk.remove_leftovers(tmp_path)
+        assert (tmp_path / named).is_dir()
+        assert later.stdin
+        later.stdin.close()
 
 
 def test_a_leftover_link_goes_and_what_it_points_to_stays(tmp_path: Path) -> None:

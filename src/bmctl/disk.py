@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -89,7 +90,7 @@ def remove_leftovers(directory: Path) -> None:
     """Remove the hidden temporaries of processes that no longer live; put back what a broken swap left aside."""
     for path in directory.glob(".*"):
         found = re.fullmatch(r"\.(.+)\.(tmp|old)-(\d+)-[0-9a-f]{8}", path.name)
-        if not found or _is_alive(int(found[3])) or _is_held(path):
+        if not found or _is_maker_alive(int(found[3]), path) or _is_held(path):
             continue
         target = directory / found[1]
         if path.is_symlink() or not path.is_dir():
@@ -252,6 +253,17 @@ def _is_alive(pid: int) -> bool:
         return False
     except PermissionError:
         return True
+    return True
+
+
+def _is_maker_alive(pid: int, path: Path) -> bool:
+    """Whether the process that made `path` lives; one that started later only has the same number, as in containers."""
+    if not _is_alive(pid):
+        return False
+    with suppress(OSError, ValueError, IndexError):
+        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+        return path.lstat().st_ctime > time.time() - age_s - 1.0
     return True
 
 
