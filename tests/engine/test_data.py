@@ -15,10 +15,9 @@ from PIL import Image
 
 from bmctl.engine import data
 from bmctl.engine.leaks import check_leaks
-from bmctl.engine.order import balanced_order, sample_order
 from bmctl.errors import DataError, RecipeError, ResourceError
 from bmctl.schema import Preprocess
-from bmctl.sections import AugmentConfig, Recipe
+from bmctl.sections import Recipe
 
 PLAIN = Preprocess(size=(28, 28), channels=1, mean=(0.0,), std=(1.0,))
 
@@ -60,14 +59,6 @@ def test_a_limit_takes_the_classes_in_equal_numbers() -> None:
     assert len(set(split().indices)) == len(split().samples.labels)
 
 
-def test_unequal_classes_are_balanced_as_long_as_they_last() -> None:
-    labels = np.array([0] * 50 + [2] * 3 + [1] * 10)
-    order = balanced_order(labels)
-    assert sorted(order) == list(range(63))
-    assert np.bincount(labels[order[:9]]).tolist() == [3, 3, 3]
-    assert np.bincount(labels[order[:13]]).tolist() == [5, 5, 3]
-
-
 def test_calibration_is_of_train_or_val_and_unaugmented() -> None:
     calib = split("calib", calib={"split": "val", "limit": 12}, augment={"flip": True})
     assert calib.samples.fingerprint == split("val").samples.fingerprint
@@ -107,13 +98,6 @@ AUGMENT = {"augment": {"flip": True, "shift": 1}}
 
 def augmented() -> data.Split:
     return data.open_split(recipe(**AUGMENT), name="train", preprocess=data.resolve_preprocess(recipe()), augment=True)
-
-
-def test_every_epoch_is_another_permutation() -> None:
-    orders = [sample_order(100, seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)]
-    assert all(sorted(order) == list(range(100)) for order in orders)
-    assert len({tuple(order) for order in orders}) == 4
-    assert sample_order(5, seed=0, epoch=0).tolist() == [2, 4, 1, 0, 3]  # on every machine
 
 
 def test_all_but_an_incomplete_batch_is_seen_once() -> None:
@@ -217,7 +201,6 @@ def test_a_killed_loader_process_is_told() -> None:
 LEFT_OPEN = """
 import os, signal
 from bmctl.engine import data
-from bmctl.engine.order import balanced_order, sample_order
 from bmctl.sections import Recipe
 recipe = Recipe.model_validate({"name": "x", "model": {"name": "bmctl:mlp"}, "data": {"source": {"kind": "digits"}}})
 split = data.open_split(recipe, name="train", preprocess=data.resolve_preprocess(recipe))
@@ -239,44 +222,6 @@ def test_loader_processes_ignore_signals_and_still_end_with_their_parent() -> No
 
 
 # -- augmentation -----------------------------------------------------------------------------------
-
-
-def run_augment(
-    pixels: np.ndarray, indices: list[int], *, flip: bool = False, shift: int = 0, seed: int = 0, epoch: int = 0
-) -> np.ndarray:
-    config = AugmentConfig(flip=flip, shift=shift)
-    return data.augment(pixels, np.array(indices), config=config, seed=seed, epoch=epoch)
-
-
-def test_what_happens_to_an_image_depends_on_seed_epoch_and_index_alone() -> None:
-    pixels = np.random.default_rng(0).integers(1, 256, (40, 9, 7, 3), np.uint8)
-    whole = run_augment(pixels, list(range(40)), flip=True, shift=2)
-    order = np.random.default_rng(1).permutation(40)
-    assert np.array_equal(run_augment(pixels[order], order.tolist(), flip=True, shift=2), whole[order])
-    assert np.array_equal(run_augment(pixels[7:8], [7], flip=True, shift=2), whole[7:8])
-    for other in ({"seed": 1}, {"epoch": 1}):
-        changed = run_augment(pixels, list(range(40)), flip=True, shift=2, **other)
-        assert (changed != whole).any(axis=(1, 2, 3)).mean() > 0.8
-
-
-def test_half_are_mirrored_and_shifts_are_even() -> None:
-    dot = np.zeros((2000, 11, 11, 1), np.uint8)
-    dot[:, 5, 5] = 255
-    moved = run_augment(dot, list(range(2000)), shift=2)
-    counts = (moved > 0).sum(axis=0)[..., 0]
-    assert counts.sum() == 2000
-    assert (counts[3:8, 3:8] > 40).all()
-    side = np.zeros((2000, 4, 4, 1), np.uint8)
-    side[:, :, 0] = 255
-    mirrored = run_augment(side, list(range(2000)), flip=True)[:, 0, -1, 0] > 0
-    assert 0.45 < mirrored.mean() < 0.55
-
-
-def test_uncovered_edges_are_black_before_normalising() -> None:
-    white = np.full((300, 6, 6, 1), 255, np.uint8)
-    moved = run_augment(white, list(range(300)), shift=2)
-    assert set(np.unique(moved)) == {0, 255}
-    assert moved.reshape(300, -1).min(axis=1).max() == 255  # some are not moved at all
 
 
 def test_only_training_is_augmented() -> None:

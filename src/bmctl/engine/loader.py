@@ -6,12 +6,14 @@ n: samples of a batch. c: 1 or 3 channels as they are in the data. C: channels t
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,6 +35,8 @@ QUICK_MS = 2.0
 MOST_WORKERS = 16
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
+_DEATH_S = 2.0
+"""A process whose connection broke may need a moment until it is gone."""
 
 
 class Batched(Protocol):
@@ -91,19 +95,20 @@ class Loader:
                 x, y = form.tensors(pixels, labels, self.split.preprocess, shared=False)
                 yield self._finished(x.pin_memory(), y.pin_memory()) if self.pin else self._finished(x, y)
             return
-        if self._loader is None:
-            self._loader = self._started(form)
         try:
-            with _signals_held():
+            with _starting():
+                self._loader = self._loader or self._made(form)
                 self._iterator = iter(self._loader)
             for batch in self._iterator:
                 if isinstance(batch, BmctlError):
                     raise batch
                 yield self._finished(*batch)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            # Of what the process held in shared memory, nothing can be had any more either: that fails in many ways.
+            death = _death(self._iterator, error)
+            if death is None:
                 raise
-            raise _death(self._iterator, error) from error
+            raise death from error
 
     def close(self) -> None:
         """End the loader processes."""
@@ -112,7 +117,7 @@ class Loader:
             self._iterator._shutdown_workers()
         self._loader = self._iterator = None
 
-    def _started(self, form: _Form) -> DataLoader:
+    def _made(self, form: _Form) -> DataLoader:
         tied = threading.current_thread() is threading.main_thread()
         return DataLoader(
             _Desk(self.split, form, self.num_workers, parent=os.getpid() if tied else None),  # type: ignore[arg-type]
@@ -338,11 +343,14 @@ def _same(batch: object) -> object:
 
 
 @contextmanager
-def _signals_held() -> Iterator[None]:
+def _starting() -> Iterator[None]:
     """Signals wait: a process forked meanwhile would die of one that came before it could ignore it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
     try:
-        yield
+        with warnings.catch_warnings():
+            # More processes than cores: the recipe asked for them.
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -360,11 +368,17 @@ def _settle_in(worker: int) -> None:
             os._exit(1)
 
 
-def _death(iterator: Any, error: RuntimeError) -> ResourceError:
-    """Says which loader process died, and of what."""
-    dead = [(index, worker.exitcode) for index, worker in enumerate(iterator._workers if iterator else ())]
-    dead = [(index, code) for index, code in dead if code]
+def _death(iterator: Any, error: Exception) -> ResourceError | None:
+    """Which loader process died, and of what; None if they are all there."""
+    workers = iterator._workers if iterator is not None else []
+    for worker in workers:
+        # torch's handler of SIGCHLD raises wherever it finds this process.
+        with contextlib.suppress(RuntimeError):
+            worker.join(timeout=_DEATH_S / len(workers))
+    dead = [(index, worker.exitcode) for index, worker in enumerate(workers) if worker.exitcode]
     if not dead:
+        if "DataLoader worker" not in str(error):
+            return None
         return ResourceError(f"a loader process died ({str(error).splitlines()[0]})", hint="--set data.num_workers=0")
     index, code = dead[0]
     if code == -signal.SIGBUS:
