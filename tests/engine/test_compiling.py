@@ -58,8 +58,9 @@ def test_nothing_but_the_code_is_changed(backend) -> None:
     calls = backend(plain)
     model, notes = nn.Sequential(small(), nn.Dropout()).train(), []
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    example = torch.randn(4, 1, 8, 8)
     luck = torch.get_rng_state()
-    forward = compiled(model, example=torch.randn(4, 1, 8, 8), precision=FP32, note=notes.append)
+    forward = compiled(model, example=example, precision=FP32, note=notes.append)
     assert calls and not notes
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(each.grad is None for each in model.parameters())
