@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gzip
 import hashlib
+import io
 import json
 import shutil
 import struct
+import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +54,52 @@ def folder(work: Path, *, cache: Path) -> None:
         for j, name in enumerate("ab"):
             pictures(work / "data" / split / name, count=count, seed=10 * i + j)
     write_recipe(work, "{kind: folder, root: data}")
+
+
+def tar_files(work: Path, *, cache: Path) -> None:
+    """data/a.tar, data/b.tar: 15 grey images of two classes each, every one with a .cls; and r.yaml."""
+    pictures(work / "loose", count=30, seed=0)
+    (work / "data").mkdir()
+    for part, name in enumerate("ab"):
+        with tarfile.open(work / "data" / f"{name}.tar", "w") as archive:
+            for i in range(15 * part, 15 * part + 15):
+                add_member(archive, f"{i:02}.png", (work / "loose" / f"{i:02}.png").read_bytes())
+                add_member(archive, f"{i:02}.cls", str(i % 2).encode())
+    shutil.rmtree(work / "loose")
+    write_recipe(work, "{kind: webdataset, shards: data}")
+
+
+def add_member(archive: tarfile.TarFile, name: str, body: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(body)
+    archive.addfile(info, io.BytesIO(body))
+
+
+def odd_tar_files(work: Path, *, cache: Path) -> None:
+    """data/ of `tar_files` with one more archive, x.tar of odd/: each of one member that does not belong there."""
+    tar_files(work, cache=cache)
+    link = tarfile.TarInfo("x.png")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    (work / "odd").mkdir()
+    members: dict[str, list[tarfile.TarInfo]] = {"link": [link], "climbing": [tarfile.TarInfo("../../x.png")]}
+    members |= {"unlabelled": [tarfile.TarInfo("x.png")], "nameless": [tarfile.TarInfo("x")]}
+    for name, infos in members.items():
+        with tarfile.open(work / "odd" / f"{name}.tar", "w") as archive:
+            for info in infos:
+                archive.addfile(info)
+    with tarfile.open(work / "odd" / "letters.tar", "w") as archive:
+        add_member(archive, "x.png", b"")
+        add_member(archive, "x.cls", b"cat")
+
+
+def lines(work: Path, *, cache: Path) -> None:
+    """data/a.csv.gz: 30 rows of a label and 64 pixels; and r.yaml."""
+    rows = np.random.default_rng(0).integers(0, 256, (30, 64))
+    text = "".join(",".join(map(str, [i % 2, *row])) + "\n" for i, row in enumerate(rows.tolist()))
+    (work / "data").mkdir()
+    (work / "data" / "a.csv.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+    (work / "data" / "a.csv").write_text(text)
+    write_recipe(work, "{kind: stream, path: data/a.csv.gz, shape: [8, 8]}")
 
 
 def odd_images(work: Path, *, cache: Path) -> None:
