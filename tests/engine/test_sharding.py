@@ -110,7 +110,7 @@ def apart(got: Any, wanted: Any) -> float:
 # -- the same curve -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_curve_and_gradients_are_those_of_one_process(strategy: str, precision: str) -> None:
     cases = [(mlp, 1, None), (vit, 1, 0.5), (vit, 2, None), (vit, 2, 0.5)]
@@ -143,6 +143,7 @@ OPTIMIZERS = [
 ]
 
 
+@pytest.mark.slow
 def test_optimizers_on_parts_of_matrices() -> None:
     def work(group: Group) -> list[list[float]]:
         found = []
