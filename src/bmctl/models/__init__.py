@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from bmctl.errors import RecipeError
 from bmctl.models import own, timm, torchvision, transformers
-from bmctl.models.spec import Argument, InputDefaults, ModelConfig, ModelSpec, construct
+from bmctl.models.spec import Argument, Drops, InputDefaults, ModelConfig, ModelSpec, construct, no_drop
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MODELS",
     "Argument",
+    "Drops",
     "InputDefaults",
     "ModelConfig",
     "ModelSource",
@@ -27,6 +28,7 @@ __all__ = [
     "check_name",
     "input_defaults",
     "resolve",
+    "spec_args",
 ]
 
 
@@ -35,6 +37,7 @@ class ModelSource(Protocol):
 
     def names(self) -> list[str]: ...
     def input_defaults(self, config: ModelConfig) -> InputDefaults: ...
+    def drop_arguments(self, config: ModelConfig) -> Drops: ...
     def build(self, spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
         """A module from float32 [N, channels, H, W] to logits [N, num_classes]."""
         ...
@@ -76,6 +79,33 @@ def input_defaults(config: ModelConfig) -> InputDefaults:
     """
     check_name(config.name)
     return MODELS[config.name.partition(":")[0]].input_defaults(config)
+
+
+def spec_args(config: ModelConfig) -> dict[str, Argument]:
+    """What a ModelSpec keeps: `args`, with `dropout` and `stochastic_depth` under the names of the model's constructor.
+
+    Raises:
+        RecipeError: The model has no such argument, or `args` has it as well.
+        DependencyError: Told by a file that has to be downloaded and cannot be.
+    """
+    asked = {"dropout": config.dropout, "stochastic_depth": config.stochastic_depth}
+    wanted = {field: value for field, value in asked.items() if value is not None}
+    if not wanted:
+        return dict(config.args)
+    check_name(config.name)
+    known = MODELS[config.name.partition(":")[0]].drop_arguments(config)
+    args = dict(config.args)
+    for field, value in wanted.items():
+        argument = getattr(known, field)
+        if argument is None:
+            raise no_drop(config.name, field)
+        if argument in args:
+            raise RecipeError(
+                f"model.{field} and model.args.{argument} are the same argument of {config.name}",
+                hint=f"remove {argument} from model.args",
+            )
+        args[argument] = value
+    return args
 
 
 def resolve(spec: ModelSpec) -> ModelSpec:

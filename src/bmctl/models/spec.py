@@ -12,6 +12,13 @@ from bmctl.schema import Count, Many, Strict
 
 T = TypeVar("T")
 
+_WITH = {
+    "dropout": "bmctl:rescnn or bmctl:mlp (dropout), torchvision:vgg*, *efficientnet* or vit_* (dropout), "
+    "most of timm (drop_rate), many of transformers (hidden_dropout_prob)",
+    "stochastic_depth": "bmctl:rescnn (stochastic_depth), torchvision:convnext_* or efficientnet_* "
+    "(stochastic_depth_prob), most of timm and many of transformers (drop_path_rate)",
+}
+
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Argument = bool | int | float | str | Many[int]
 
@@ -61,6 +68,21 @@ class InputDefaults(Strict):
     crop: float | None = None
     num_classes: Count | None = None
     class_names: Many[str] | None = None
+
+
+class Drops(Strict):
+    """How a model's constructor calls its dropout and its stochastic depth; None where it has none."""
+
+    dropout: str | None = None
+    stochastic_depth: str | None = None
+
+
+def no_drop(name: str, field: str) -> RecipeError:
+    """What to say to a `dropout` or `stochastic_depth` that a model cannot have."""
+    return RecipeError(
+        f"model.{field}: {name} takes no such probability",
+        hint=f"remove model.{field}, or take a model that has it: {_WITH[field]}",
+    )
 
 
 def bare_name(name: str) -> str:

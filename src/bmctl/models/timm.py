@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bmctl.errors import RecipeError
 from bmctl.models.downloads import from_hub
-from bmctl.models.spec import InputDefaults, ModelConfig, ModelSpec, bare_name, check_fits, construct
+from bmctl.models.spec import Drops, InputDefaults, ModelConfig, ModelSpec, bare_name, check_fits, construct, no_drop
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,6 +18,9 @@ _OURS = {
     "num_classes", "in_chans", "img_size", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path",
     "cache_dir", "features_only", "scriptable", "exportable", "no_jit", "pretrained_strict",
 }  # fmt: skip
+
+
+_DROPS = Drops(dropout="drop_rate", stochastic_depth="drop_path_rate")
 
 
 @lru_cache
@@ -51,6 +54,11 @@ def input_defaults(config: ModelConfig) -> InputDefaults:
     )
 
 
+def drop_arguments(config: ModelConfig) -> Drops:
+    """timm's names for all its models; `build` says which do not take them."""
+    return _DROPS
+
+
 def build(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
     """A module from float32 [N, channels, H, W] to logits [N, num_classes].
 
@@ -71,14 +79,20 @@ def build(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
 
     def make() -> nn.Module:
         with from_hub(spec.name):
-            return timm.create_model(
-                name,
-                pretrained=pretrained,
-                num_classes=spec.num_classes,
-                in_chans=spec.channels,
-                **size,
-                **spec.args,
-            )
+            try:
+                return timm.create_model(
+                    name,
+                    pretrained=pretrained,
+                    num_classes=spec.num_classes,
+                    in_chans=spec.channels,
+                    **size,
+                    **spec.args,
+                )
+            except TypeError as error:
+                for field, argument in _DROPS.model_dump().items():
+                    if argument in spec.args and f"'{argument}'" in str(error):
+                        raise no_drop(spec.name, field) from error
+                raise
 
     return construct(make, spec=spec)
 

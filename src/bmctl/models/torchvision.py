@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bmctl.errors import RecipeError
 from bmctl.models.downloads import fetch_weights
-from bmctl.models.spec import InputDefaults, ModelConfig, ModelSpec, bare_name, check_fits, construct
+from bmctl.models.spec import Drops, InputDefaults, ModelConfig, ModelSpec, bare_name, check_fits, construct
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,25 @@ def input_defaults(config: ModelConfig) -> InputDefaults:
         crop=crop / resize,
         num_classes=len(weights.meta["categories"]),
         class_names=tuple(weights.meta["categories"]),
+    )
+
+
+def drop_arguments(config: ModelConfig) -> Drops:
+    """What the model's class takes and its builder does not set itself."""
+    import inspect
+    import sys
+
+    from torchvision.models import get_model_builder
+
+    name = bare_name(config.name)
+    builder = get_model_builder(name)
+    made = inspect.unwrap(builder).__annotations__["return"]
+    module = vars(sys.modules[builder.__module__])
+    taken = inspect.signature(module[made] if isinstance(made, str) else made).parameters
+    fixed = name.startswith(("swin_", "maxvit_"))
+    return Drops(
+        dropout=next((each for each in ("dropout", "drop_rate", "mlp_dropout") if each in taken), None),
+        stochastic_depth="stochastic_depth_prob" if "stochastic_depth_prob" in taken and not fixed else None,
     )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bmctl.errors import DependencyError, PackageError, RecipeError
 from bmctl.models.downloads import from_hub
-from bmctl.models.spec import InputDefaults, ModelConfig, ModelSpec, bare_name, check_fits, construct
+from bmctl.models.spec import Drops, InputDefaults, ModelConfig, ModelSpec, bare_name, check_fits, construct
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,6 +28,10 @@ _RUNTIME = {
     "architectures", "attn_implementation", "dtype", "experts_implementation", "model_type", "name_or_path",
     "torch_dtype", "transformers_version",
 }  # fmt: skip
+_DROPOUT = (
+    "hidden_dropout_prob", "dropout_rate", "ffn_dropout", "resid_pdrop", "drop_mlp_rate", "classifier_dropout_prob",
+)  # fmt: skip
+_STOCHASTIC_DEPTH = ("drop_path_rate", "drop_connect_rate")
 _FILTERS = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as preprocessor_config.json has them
 
 
@@ -83,6 +87,17 @@ def input_defaults(config: ModelConfig) -> InputDefaults:
         num_classes=len(labels) or 2,
         class_names=tuple(labels[key] for key in sorted(labels, key=int)) or None,
     )
+
+
+def drop_arguments(config: ModelConfig) -> Drops:
+    """The first of the names that the architecture's configuration has, for one probability over the whole model."""
+    name = bare_name(config.name)
+    plain = _config(name if name in names() else str(_repository_config(name)["model_type"]), {})
+
+    def first(candidates: tuple[str, ...]) -> str | None:
+        return next((each for each in candidates if isinstance(getattr(plain, each, None), int | float)), None)
+
+    return Drops(dropout=first(_DROPOUT), stochastic_depth=first(_STOCHASTIC_DEPTH))
 
 
 def build(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
