@@ -1,0 +1,123 @@
+"""Attention of a training step on a CPU: torch's own forward pass, and a backward pass of whole matrix products.
+
+torch's flash kernel computes the backward pass in tiles of fp32 that the matrix units see little of; the products of
+whole heads take a third of its time or less. As the flash kernel does, this keeps no attention matrix from forward to
+backward: it is computed again, some samples at a time.
+
+B: samples. H: heads. N, M: queries and keys. D: numbers of a head. With scores s = scale * q k^T, p = softmax(s) and
+outputs o = p v, the gradients are dv = p^T do, ds = p * (do v^T - sum(do * o)), dq = scale * ds k and
+dk = scale * ds^T q.
+Source: Dao et al., "FlashAttention", arXiv 2205.14135, appendix B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+MAX_SCORES = 2**22
+"""Numbers of the attention matrices that are there at a time: 16 MiB in fp32."""
+
+_native = F.scaled_dot_product_attention
+
+
+@contextmanager
+def tuned() -> Iterator[None]:
+    """Compute gradients of attention in bf16 on the CPU the faster way, wherever a model calls torch's function.
+
+    It holds for what has no mask and no dropout; all else, and whatever torch.compile takes over, computes as ever.
+    """
+    assert F.scaled_dot_product_attention is _native, "already tuned"
+    F.scaled_dot_product_attention = _attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = _native
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """In place of F.scaled_dot_product_attention."""
+    is_plain = attn_mask is None and dropout_p == 0.0 and not enable_gqa
+    if not is_plain or not _is_eligible(query, key, value):
+        return _native(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    q, k, v = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
+    o: torch.Tensor = _Attention.apply(q, k, v, is_causal, q.shape[-1] ** -0.5 if scale is None else scale)
+    return o
+
+
+def _is_eligible(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled():
+        return False
+    tensors = (query, key, value)
+    if not any(tensor.requires_grad for tensor in tensors) or not torch.backends.cuda.flash_sdp_enabled():
+        return False
+    if any(type(t) is not torch.Tensor or t.dim() != 4 or t.device.type != "cpu" or not t.numel() for t in tensors):
+        return False
+    if query.shape[:2] != key.shape[:2] or key.shape != value.shape or query.shape[3] != key.shape[3]:
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return all(tensor.dtype == torch.bfloat16 for tensor in tensors)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, scale: float
+    ) -> torch.Tensor:
+        o, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
+        ctx.save_for_backward(q, k, v)
+        ctx.is_causal, ctx.scale = is_causal, scale
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, do: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        return (*gradients(do, q, k, v, is_causal=ctx.is_causal, scale=ctx.scale), None, None)
+
+
+def gradients(
+    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, is_causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q [B, H, N, D] and of k and v [B, H, M, D].
+
+    Args:
+        do: Of the outputs, [B, H, N, D].
+    """
+    # The layout [B, N, H, D] in memory is the one that the projections before the heads were cut in.
+    found = [torch.empty_like(tensor.transpose(1, 2)).transpose(1, 2) for tensor in (q, k, v)]
+    at_a_time = max(1, MAX_SCORES // (q.shape[1] * q.shape[2] * k.shape[2]))
+    for first in range(0, q.shape[0], at_a_time):
+        part = slice(first, first + at_a_time)
+        made = _part_of_gradients(do[part], q[part], k[part], v[part], is_causal=is_causal, scale=scale)
+        for whole, gradient in zip(found, made, strict=True):
+            whole[part] = gradient
+    return found[0], found[1], found[2]
+
+
+def _part_of_gradients(
+    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, is_causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    do, q, k, v = (tensor.contiguous() for tensor in (do, q, k, v))
+    # The scores in bf16 would be wrong by more than all other roundings together.
+    s = (q.float() * scale) @ k.float().transpose(-2, -1)
+    if is_causal:
+        s.masked_fill_(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
+    p = s.softmax(-1).to(q.dtype)
+    dv = p.transpose(-2, -1) @ do
+    ds = torch._softmax_backward_data(do @ v.transpose(-2, -1), p, -1, p.dtype)
+    return (ds @ k).mul_(scale), (ds.transpose(-2, -1) @ q).mul_(scale), dv
