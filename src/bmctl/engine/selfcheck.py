@@ -1,6 +1,7 @@
 """Before the first step: does the chosen precision find the loss and the gradients that fp32 finds?
 
-The bounds stand between what was measured on an AMX CPU, in batches of 4 and 32, before and after 30 steps:
+The bounds stand between what was measured on an AMX CPU, in batches of 4 and 32, before and (but for the ViT) after 30
+steps of training:
 
                                                      loss off by    cosine of gradients
     holds: bmctl:mlp, bmctl:rescnn, timm ViT    bf16  <= 0.010       >= 0.990
