@@ -70,6 +70,19 @@ def test_what_is_left_is_never_more_than_the_time_budget(tmp_path: Path, monkeyp
     assert (tight, over) == (3.0, 0.0)
 
 
+def test_what_comes_before_the_first_step_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models are compared with fp32, and compiled, between the making of the log and its opening."""
+    now = [0.0]
+    monkeypatch.setattr("bmctl.engine.fitlog.time.perf_counter", lambda: now[0])
+    log = make_log(tmp_path, [], leads=False)
+    now[0] = 100.0
+    log.open(step=0)
+    now[0] = 102.0
+    log.tick()
+    log.pause()
+    assert (log.train_s, log.num_steps_here) == (2.0, 1)
+
+
 def test_only_the_first_rank_speaks_and_draws(tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
     log = make_log(tmp_path, events, leads=False)

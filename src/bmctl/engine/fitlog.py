@@ -50,11 +50,12 @@ class FitLog:
         self.num_steps_here, self.train_s = 0, 0.0
 
     def open(self, *, step: int) -> None:
-        """Start TensorBoard's file; what a killed run wrote there after `step` is dropped."""
+        """Start the clock, and TensorBoard's file; what a killed run wrote there after `step` is dropped."""
         if self._context.group.leads:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(self._context.run / "tensorboard" / self._stage), purge_step=step + 1)
+        self.begin()
 
     def close(self) -> None:
         if self._board is not None:
