@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.sources.conftest import write_lines, write_shards
 
 from bmctl.engine import data
 from bmctl.engine.leaks import check_leaks
@@ -350,3 +351,41 @@ def test_too_many_files_are_not_compared_in_silence(folder: Path, monkeypatch: p
     monkeypatch.setattr("bmctl.engine.leaks.MAX_FILES", 50)
     (note,) = check_leaks(recipe({"kind": "folder", "root": str(folder)}))
     assert "not searched" in note
+
+
+def test_archives_and_streams_are_compared_without_reading_them_again(tmp_path: Path) -> None:
+    write_shards(tmp_path / "tars", files=1, samples=40)
+    write_shards(tmp_path / "same", files=1, samples=20)
+    write_lines(tmp_path / "train.jsonl.gz", count=40)
+    write_lines(tmp_path / "test.jsonl.gz", count=20)
+    tars = {"kind": "webdataset", "shards": str(tmp_path / "tars")}
+    lines = {"kind": "stream", "path": str(tmp_path / "train.jsonl.gz")}
+    assert check_leaks(recipe(tars)) == check_leaks(recipe(lines)) == ()
+    with pytest.raises(DataError, match=r"\d+ of 20 test samples stand in train too, such as .*member '000000'"):
+        check_leaks(recipe({**tars, "test_shards": str(tmp_path / "same"), "val": 0.01}))
+    with pytest.raises(DataError, match=r"\d+ of 20 test samples stand in train too, such as .*test\.jsonl\.gz, line 1"):
+        check_leaks(recipe({**lines, "test_path": str(tmp_path / "test.jsonl.gz"), "val": 0.01}))
+
+
+# -- streams ----------------------------------------------------------------------------------------
+
+
+def test_a_stream_is_evaluated_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bmctl.sources import stream
+
+    write_lines(tmp_path / "a.jsonl.gz", count=60)
+    source = {"kind": "stream", "path": str(tmp_path / "a.jsonl.gz"), "val": 0.4}
+    preprocess = data.resolve_preprocess(recipe(source))
+    chosen = data.open_split(recipe(source, val={"limit": 20}), name="val", preprocess=preprocess)
+    assert np.array_equal(chosen.indices, np.sort(chosen.indices))
+    assert set(np.bincount(chosen.labels)) == {6, 7}
+    expected = chosen.arrays(np.arange(20))
+    passes = []
+    whole = stream._opened
+    monkeypatch.setattr(stream, "_opened", lambda *given: passes.append(given) or whole(*given))
+    batches = list(data.array_batches(chosen, batch_size=6))
+    assert len(passes) == 1
+    assert np.array_equal(np.concatenate([x for x, _ in batches]), expected[0])
+    assert np.array_equal(np.concatenate([y for _, y in batches]), expected[1])
+    calib = data.open_split(recipe(source, calib={"limit": 9}), name="calib", preprocess=preprocess)
+    assert np.bincount(calib.labels).tolist() == [3, 3, 3]

@@ -24,12 +24,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from bmctl.engine import images
+from bmctl.engine.handover import Batch, Form, no_room, normalised
 from bmctl.engine.order import Plan
 from bmctl.errors import BmctlError, DataError, ResourceError
 from bmctl.schema import Preprocess
 
-Batch = tuple[torch.Tensor, torch.Tensor]
-"""float32 [n, C, H, W] and int64 [n]."""
 QUICK_MS = 2.0
 """A batch from memory that takes no longer is made where it is used: handing it over would cost as much."""
 MOST_WORKERS = 16
@@ -89,7 +88,7 @@ class Loader:
             ResourceError: A loader process died, or there is no room to hand batches over.
         """
         self._steps.plan = plan = replace(self.plan, epoch=epoch, start_step=start_step)
-        form = _Form(self.raw, self.channels_last)
+        form = Form(self.raw, self.channels_last)
         if self.num_workers == 0:
             for pixels, labels in self.split.pixel_batches(plan, first=0, every=1):
                 x, y = form.tensors(pixels, labels, self.split.preprocess, shared=False)
@@ -117,7 +116,7 @@ class Loader:
             self._iterator._shutdown_workers()
         self._loader = self._iterator = None
 
-    def _made(self, form: _Form) -> DataLoader:
+    def _made(self, form: Form) -> DataLoader:
         tied = threading.current_thread() is threading.main_thread()
         return DataLoader(
             _Desk(self.split, form, self.num_workers, parent=os.getpid() if tied else None),  # type: ignore[arg-type]
@@ -142,7 +141,7 @@ class Loader:
         if self._moments is None or self._moments.device != x.device:
             spec = self.split.preprocess
             self._moments = torch.tensor([spec.mean, spec.std], dtype=torch.float32).to(x.device)
-        return _normalised(x, self._moments, channels_last=self.channels_last), y
+        return normalised(x, self._moments, channels_last=self.channels_last), y
 
 
 @contextmanager
@@ -253,47 +252,6 @@ def _batch_ms(split: Batched, batch_size: int) -> float:
     return min(times) * 1000
 
 
-# -- what a batch is handed over as -----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Form:
-    raw: bool
-    channels_last: bool
-
-    def tensors(self, pixels: np.ndarray, labels: np.ndarray, spec: Preprocess, *, shared: bool) -> Batch:
-        """float32 [n, C, H, W], or uint8 [n, H, W, c] where raw; and int64 [n]."""
-        if self.raw:
-            x = _empty(pixels.shape, torch.uint8, shared=shared)
-            x.numpy()[...] = pixels
-            return x, torch.from_numpy(labels)
-        count, height, width, _ = pixels.shape
-        if self.channels_last:
-            x = _empty((count, height, width, spec.channels), torch.float32, shared=shared).permute(0, 3, 1, 2)
-        else:
-            x = _empty((count, spec.channels, height, width), torch.float32, shared=shared)
-        images.normalise(pixels, spec, out=x.numpy())
-        return x, torch.from_numpy(labels)
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, *, shared: bool) -> torch.Tensor:
-    """Where `shared`, in shared memory from the beginning: moving it there later would be a copy more."""
-    if not shared:
-        return torch.empty(shape, dtype=dtype)
-    size_bytes = int(np.prod(shape)) * dtype.itemsize
-    try:
-        storage = torch.UntypedStorage._new_shared(size_bytes)
-    except RuntimeError as error:
-        raise _no_room(str(error).splitlines()[0]) from error
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload]
-
-
-def _normalised(x_nHWc: torch.Tensor, moments: torch.Tensor, *, channels_last: bool) -> torch.Tensor:
-    """As `images.normalise`, on the device of `x_nHWc`; moments: float32 [2, C], mean and std."""
-    x = ((x_nHWc.to(torch.float32).div_(255) - moments[0]) / moments[1]).permute(0, 3, 1, 2)
-    return x if channels_last else x.contiguous()
-
-
 # -- loader processes -------------------------------------------------------------------------------
 
 
@@ -320,7 +278,7 @@ class _Desk:
     """
 
     split: Batched
-    form: _Form
+    form: Form
     num_workers: int
     parent: int | None
     _next: tuple[Plan, int] | None = None
@@ -382,16 +340,9 @@ def _death(iterator: Any, error: Exception) -> ResourceError | None:
         return ResourceError(f"a loader process died ({str(error).splitlines()[0]})", hint="--set data.num_workers=0")
     index, code = dead[0]
     if code == -signal.SIGBUS:
-        return _no_room("bus error")
+        return no_room("bus error")
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
     hint = "see what happens without: --set data.num_workers=0"
     if code == -signal.SIGKILL:
         hint = "when memory is short, the kernel kills: --set data.num_workers=0, or a smaller data.prefetch"
     return ResourceError(f"a loader process died: number {index} {how}", hint=hint)
-
-
-def _no_room(reason: str) -> ResourceError:
-    return ResourceError(
-        f"no room in /dev/shm to hand batches over ({reason})",
-        hint="give it more (docker run --shm-size=2g), lower data.prefetch, or --set data.num_workers=0",
-    )
