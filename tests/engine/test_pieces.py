@@ -114,9 +114,12 @@ WAYS = [
     (3, "columns"),
 ]
 WAYS += [(4, "grid"), (4, "tiles")]
+FAST = [(1, "plain"), (2, "rows"), (2, "plain")]
 
 
-@pytest.mark.parametrize(("world", "how"), WAYS)
+@pytest.mark.parametrize(
+    ("world", "how"), [pytest.param(*way, marks=[pytest.mark.slow] * (way not in FAST)) for way in WAYS]
+)
 def test_what_any_number_of_processes_saved_any_other_reads(tmp_path: Path, world: int, how: str) -> None:
     told = on_ranks(world, lambda group: save(tmp_path, group, how))
     assert [one.code for one in told] == [0] * world, told

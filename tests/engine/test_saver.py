@@ -105,6 +105,7 @@ def test_killed_at_any_point_leaves_the_old_state_or_the_new(tmp_path: Path, poi
 SAYS = {"ENOSPC": "disk is full", "EIO": "input/output error"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("point", "code"), [(point, code) for index, point in enumerate(POINTS) for code in list(SAYS)[index % 2 :][:1]]
 )
@@ -155,6 +156,7 @@ def test_an_error_of_one_rank_is_the_same_on_all(tmp_path: Path, point: str, ran
     assert newest(tmp_path) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", [point for point in POINTS if point not in EVERY_RANKS])
 def test_an_error_of_rank_0_as_it_publishes_is_the_same_on_all(tmp_path: Path, point: str) -> None:
     save(tmp_path, 1, 2)
