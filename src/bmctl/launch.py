@@ -270,7 +270,7 @@ def _raise_outcome(logs: Logs, shared: Shared, stop: Stop) -> None:
         failure is None or stop.requested is not None or outcome.exit_code == PreemptedError.exit_code
     ):
         raise outcome
-    if failure is None and stop.requested is None:
+    if shared.is_done:
         return
     if failure is not None and (failure.is_ours and not failure.is_echo):
         raise failure.error

@@ -141,7 +141,7 @@ class Ended:
         return json.loads(self.stderr.splitlines()[-1])
 
 
-def end(process: subprocess.Popen[str], *, timeout: float = 120) -> Ended:
+def end(process: subprocess.Popen[str], *, timeout: float = 280) -> Ended:
     out, err = process.communicate(timeout=timeout)
     return Ended(process.returncode, Seen([json.loads(line) for line in out.splitlines()]), err)
 

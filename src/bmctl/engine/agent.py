@@ -51,6 +51,7 @@ class Shared:
         notes: Sentences for the user.
         outcome: How the workers say that they were stopped.
         failure: What ended the job.
+        is_done: The workers did all that there was to do.
     """
 
     workers: dict[int, int] = field(default_factory=dict)
@@ -60,6 +61,7 @@ class Shared:
     notes: deque[str] = field(default_factory=deque)
     outcome: BmctlError | None = None
     failure: verdict.Failure | None = None
+    is_done: bool = False
 
 
 def run_agent(job: Job, launch: LaunchConfig, logs: Logs, shared: Shared, *, grace_s: float, recipe_hash: str) -> None:
@@ -144,6 +146,7 @@ class Agent(LocalElasticAgent):
             if result.state == WorkerState.SUCCEEDED:
                 self._shared.outcome = self._outcome()
                 if self._shared.outcome is None:
+                    self._shared.is_done = True
                     self._exit_barrier()
                     return
                 if not self._goes_on():

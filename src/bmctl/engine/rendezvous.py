@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 RESOLVE_S = 20.0
 """A name may take so long to become known, as that of a pod that starts."""
 CONNECT_S = 5.0
+ANSWER_S = 15.0
 LAST_CALL_S = 30.0
 KEEP_ALIVE_S, KEEP_ALIVE_ATTEMPTS = 2, 5
 
@@ -149,24 +151,37 @@ def _open_store(
                     address, port, is_master=True, multi_tenant=True, wait_for_workers=False, timeout=_io(timeout_s)
                 )
         if _answers(address, port):
-            try:
-                store = TCPStore(
-                    address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=CONNECT_S)
+            store = _connected(address, port)
+            if store is None:
+                raise ResourceError(
+                    f"launch.rendezvous: port {port} of {name.rpartition(':')[0]} is in use by another program",
+                    hint="name a free port, the same on all machines",
                 )
-                store.set_timeout(_io(timeout_s))
-                return store
-            except (RuntimeError, ValueError) as error:
-                if is_host:
-                    raise ResourceError(
-                        f"launch.rendezvous: port {port} of {name.rpartition(':')[0]} is in use by another program",
-                        hint="name a free port, the same on all machines",
-                    ) from error
+            store.set_timeout(_io(timeout_s))
+            return store
         if told() or time.monotonic() >= deadline:
             raise WorkerError(
                 f"launch.rendezvous: nothing answers at {name} within {timeout_s:g} s (launch.timeout_s)",
                 hint="start bmctl distribute on the machine of that name as well, and let its port through",
             )
         time.sleep(0.5)
+
+
+def _connected(address: str, port: int) -> TCPStore | None:
+    """The store that is served there; None if it is no store: torch would wait for an answer for minutes."""
+    from torch._C._distributed_c10d import TCPStore
+
+    found: list[TCPStore] = []
+
+    def connect() -> None:
+        timeout = timedelta(seconds=ANSWER_S)
+        with suppress(RuntimeError, ValueError):
+            found.append(TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout))
+
+    thread = threading.Thread(target=connect, name="bmctl-connect", daemon=True)
+    thread.start()
+    thread.join(ANSWER_S)
+    return found[0] if found else None
 
 
 def _io(timeout_s: float) -> timedelta:

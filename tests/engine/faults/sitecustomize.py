@@ -1,8 +1,9 @@
 """Faults for processes under test: on PYTHONPATH, with BMCTL_TEST_FAULT=KIND[:RANK:STEP[:DOING]], something goes wrong.
 
 It does when that rank says that it is at that step (and doing what begins with DOING), or with BMCTL_TEST_AT=POINT when
-it comes to that point of the save protocol; step -1 is before the first. With BMCTL_TEST_ONCE=1 only before anything was
-started again. BMCTL_TEST_SAMPLES=FOLDER has every process write there which samples it took.
+it comes to that point of the save protocol; step -1 is before the first. With BMCTL_TEST_ONCE=1 only before anything
+was started again. With `gate`, steps past the number in the file BMCTL_TEST_GATE take long.
+BMCTL_TEST_SAMPLES=FOLDER has every process write there which samples it took.
 """
 
 import ctypes
@@ -18,6 +19,7 @@ RANK, STEP, DOING = ([*WHERE.split(":"), "", "", ""][:3]) if WHERE else ("0", "0
 HERE = KIND and os.environ.get("RANK", "0") == RANK
 AGAIN = os.environ.get("BMCTL_TEST_ONCE") and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 AT = os.environ.get("BMCTL_TEST_AT")
+GATE = os.environ.get("BMCTL_TEST_GATE", "")
 SAMPLES = os.environ.get("BMCTL_TEST_SAMPLES")
 
 
@@ -43,9 +45,6 @@ def strike() -> None:
         time.sleep(1000)
     if KIND == "hold":  # as in a call that keeps the interpreter to itself
         ctypes.PyDLL(None).sleep(1000)
-    if KIND == "slow":
-        time.sleep(0.5)
-        return
     if KIND.startswith("SIG"):
         os.kill(os.getpid(), getattr(signal, KIND))
 
@@ -67,15 +66,16 @@ elif HERE and AT and not AGAIN:
         reach(point)
 
     disk.reach = faulty_reach
-elif (HERE or KIND == "slow") and not AGAIN:
+elif (HERE or KIND == "gate") and not AGAIN:
     from bmctl.engine.heartbeat import Heart
 
     beat, struck = Heart.beat, []
 
     def faulty_beat(self, step, doing):
         beat(self, step, doing)
-        if KIND == "slow" and doing == "training":
-            strike()
+        if KIND == "gate" and doing == "training":
+            if step >= int(Path(GATE).read_text()):
+                time.sleep(3)
         elif str(step) == STEP and doing.startswith(DOING) and not struck:
             struck.append(step)
             strike()
