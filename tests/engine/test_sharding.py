@@ -207,7 +207,10 @@ def test_nan_on_one_rank_is_seen_by_all_in_the_same_step(strategy: str) -> None:
         optimizers = build_optimizer(one.model, AdamW())
         seen = []
         for step in range(3):
-            gradients(one, group, step, poison=step == 1 and group.rank == 1)
+            poisons = step == 1 and group.rank == 1
+            gradients(one, group, step, poison=poisons and strategy == "ddp")
+            if poisons and strategy == "fsdp":  # in the one part that no other process holds
+                one.model.head.weight.grad.to_local()[0, 0] = math.nan
             seen.append(math.isfinite(float(one.clip(None))))
             optimizers.zero_grad()
         return seen
