@@ -88,7 +88,7 @@ def choose(shape: Shape) -> Products:
     if least < 64:
         return _NONE
     if is_pixel:
-        return Products(width <= 4 or (is_big and width <= 8), True, width <= 8 and least >= 128)
+        return Products(width <= 4 or (is_big and width <= 8), most >= 192, width <= 8 and least >= 128)
     reach = 16 if is_big or (is_strided and is_middling) else 8 if is_middling else 4
     return Products(width <= 8 and reach == 16, width <= 8 and is_big, width <= reach)
 
