@@ -49,6 +49,7 @@ def found(text: str) -> list[str]:
             "3 samples",
         ),
         (FULL + "train: {precision: fp16}\nlaunch: {device: cpu}", "train.precision", "fp16 needs a GPU"),
+        (FULL + "train: {precision: tf32}\nlaunch: {device: cpu}", "train.precision", "tf32 is a format"),
         (FULL + "launch: {nodes: {min: 3, max: 2}, rendezvous: 'a:1'}", "launch.nodes", "must be min <= max, got 3, 2"),
         (FULL + "launch: {nodes: {max: 2}}", "launch.nodes", "2 machines must know where to meet"),
         (FULL + "launch: {strategy: ddp, cpu_offload: true}", "launch.cpu_offload", "only fsdp can offload it"),

@@ -113,6 +113,8 @@ def check_loop(path: KeyPath, fit: Mapping[str, Any], data: Mapping[str, Any]) -
     if get(fit, ("precision",), str, "") == "fp16" and get(data, ("launch", "device"), str, "") == "cpu":
         message = "fp16 needs a GPU: a CPU emulates it, slower than fp32"
         yield (*path, "precision"), message, "set it to auto"
+    if get(fit, ("precision",), str, "") == "tf32" and get(data, ("launch", "device"), str, "") == "cpu":
+        yield (*path, "precision"), "tf32 is a format of NVIDIA GPUs, and launch.device is cpu", "set it to auto"
 
 
 def check_batches(data: Mapping[str, Any]) -> Found:

@@ -217,7 +217,7 @@ def _count_classes(config: ModelConfig, preprocess: Preprocess, found: statedict
 def _spec(config: ModelConfig, preprocess: Preprocess, *, num_classes: int) -> ModelSpec:
     spec = ModelSpec(
         name=config.name,
-        args=config.args,
+        args=models.spec_args(config),
         num_classes=num_classes,
         channels=preprocess.channels,
         size=preprocess.size,

@@ -8,7 +8,7 @@ from bmctl.engine.data import open_split, resolve_preprocess
 from bmctl.engine.outline import memory_at_hand, outline_of
 from bmctl.engine.strategy import USABLE, Outline, amount, choose, loads, state_bytes
 from bmctl.errors import BmctlError, RecipeError
-from bmctl.models import ModelConfig, ModelSpec, build, input_defaults
+from bmctl.models import ModelConfig, ModelSpec, build, input_defaults, spec_args
 from bmctl.recipe import Recipe
 
 _CLASSES = 1000
@@ -57,11 +57,11 @@ def _spec(recipe: Recipe, model: ModelConfig) -> tuple[ModelSpec, str]:
     except BmctlError as error:
         told = input_defaults(model)
         size, channels = told.size or _SIZE, told.channels or _CHANNELS
-        spec = ModelSpec(name=model.name, args=model.args, num_classes=_CLASSES, channels=channels, size=size)
+        spec = ModelSpec(name=model.name, args=spec_args(model), num_classes=_CLASSES, channels=channels, size=size)
         shape = "x".join(map(str, (channels, *size)))
         return spec, f"; {_CLASSES} classes and samples of {shape} are assumed, as {error.message}"
     num_classes, channels, size = len(train.class_names), preprocess.channels, preprocess.size
-    return ModelSpec(name=model.name, args=model.args, num_classes=num_classes, channels=channels, size=size), ""
+    return ModelSpec(name=model.name, args=spec_args(model), num_classes=num_classes, channels=channels, size=size), ""
 
 
 def _outline(spec: ModelSpec) -> Outline:

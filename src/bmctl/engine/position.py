@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +16,7 @@ from bmctl.engine.context import StageContext
 from bmctl.engine.ema import Average
 from bmctl.engine.fitlog import FitLog
 from bmctl.engine.optim import Optimizers
-from bmctl.engine.parallel import gather, settle
+from bmctl.engine.parallel import agree, gather, settle
 from bmctl.engine.precision import Precision
 from bmctl.engine.saver import Saver
 from bmctl.engine.sharding import Shared
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from bmctl.engine.data import Split
 
 
+Note = Callable[[str], None]
+"""Takes a sentence for the user."""
 SUMS = ("loss_sum", "score_sum", "num_steps")
 """Of a checkpoint's progress, in the order of `Position.sums`."""
 
@@ -63,7 +65,7 @@ class Setting:
     task: ModuleType
     task_config: Strict
     shared: Shared
-    forward: nn.Module
+    forward: Callable[[torch.Tensor], torch.Tensor]
     optimizer: Optimizers
     precision: Precision
     scaler: torch.amp.GradScaler
@@ -143,7 +145,7 @@ def is_over(setting: Setting, position: Position) -> str:
 # -- going on ---------------------------------------------------------------------------------------
 
 
-def find_start(context: StageContext, *, stage: str, model: nn.Module, note: Any) -> Checkpoint | None:
+def find_start(context: StageContext, *, stage: str, fit: Fit, model: nn.Module, note: Note) -> Checkpoint | None:
     """The checkpoint to go on from, on all ranks; room and rights for new ones are checked.
 
     Raises:
@@ -155,7 +157,8 @@ def find_start(context: StageContext, *, stage: str, model: nn.Module, note: Any
     error, path = None, None
     if group.leads:
         try:
-            path = _prepare_folder(context, folder, model, note)
+            path = _prepare_folder(context, folder, note=note)
+            checkpoint.check_room(folder, model, with_ema=fit.ema is not None)
         except BmctlError as failed:
             error = failed
     settle(group, error)
@@ -164,14 +167,14 @@ def find_start(context: StageContext, *, stage: str, model: nn.Module, note: Any
         return None
     error, found = None, None
     try:
-        found = checkpoint.open_checkpoint(folder / name)
+        found = checkpoint.open_checkpoint(folder / name, verify=False)  # rank 0 just has
     except BmctlError as failed:
         error = failed
     settle(group, error)
     return found
 
 
-def _prepare_folder(context: StageContext, folder: Path, model: nn.Module, note: Any) -> Path | None:
+def _prepare_folder(context: StageContext, folder: Path, *, note: Note) -> Path | None:
     """On rank 0: the checkpoint to go on from, or None."""
     steps = checkpoint.steps_in(folder)
     if steps and context.overwrite and not context.resume:
@@ -181,7 +184,6 @@ def _prepare_folder(context: StageContext, folder: Path, model: nn.Module, note:
             f"{folder} holds checkpoints of an earlier attempt, up to step {steps[-1]}",
             hint="add --resume to go on, or --overwrite to start again",
         )
-    checkpoint.check_room(folder, model)
     if not context.resume:
         return None
     path = checkpoint.find_newest(folder, note=note)
@@ -283,6 +285,9 @@ def save(setting: Setting, position: Position) -> None:
     if setting.saver.saved_step == position.step:
         return
     group = setting.context.group
+    is_finite = bool(torch.isfinite(position.sums).all())
+    if agree(group, not is_finite):
+        raise diverged(setting, position)
     epoch, done = divmod(position.step, setting.steps_per_epoch)
     state = State(
         step=position.step,
@@ -316,6 +321,7 @@ def save(setting: Setting, position: Position) -> None:
         "identity": setting.identity,
         "about": dict(setting.about),
         "strategy": setting.shared.strategy,
+        "mesh": {"data": group.world},
         "threads": group.threads,
         "device": group.device.type,
     }

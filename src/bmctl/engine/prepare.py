@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from types import ModuleType
 from typing import Any
@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 from bmctl.engine import checkpoint, randomness, selfcheck
+from bmctl.engine.batchsize import find_batch_size
 from bmctl.engine.checkpoint import Checkpoint
+from bmctl.engine.compiling import compiled
 from bmctl.engine.context import StageContext
 from bmctl.engine.convolution import tuned
 from bmctl.engine.data import Split
@@ -24,7 +26,7 @@ from bmctl.engine.ema import Average
 from bmctl.engine.fitlog import FitLog
 from bmctl.engine.loader import choose_workers, open_loader
 from bmctl.engine.optim import build_optimizer
-from bmctl.engine.parallel import Group, check_batch, num_cores
+from bmctl.engine.parallel import Group, check_batch, gather, num_cores, settle
 from bmctl.engine.position import Setting
 from bmctl.engine.precision import Precision, choose_precision
 from bmctl.engine.recompute import keep_activations, recompute_blocks
@@ -32,11 +34,13 @@ from bmctl.engine.saver import Saver
 from bmctl.engine.sharding import share
 from bmctl.engine.state import Identity
 from bmctl.engine.stopwatch import Stopwatch
-from bmctl.errors import DataError, RecipeError
+from bmctl.errors import BmctlError, DataError, RecipeError
 from bmctl.fit import Distill, Fit
 from bmctl.recipe import Recipe
 from bmctl.schema import Strict
 
+MIN_STEPS = 10
+"""Of an epoch, where the batch size is found by trial."""
 _FREE = {"keep_checkpoints", "checkpoint_every_steps", "async_checkpoints", "max_time_s", "compile", "grace_s"}
 """Settings of Fit that do not change what the steps do, and may differ when a run is resumed."""
 
@@ -85,8 +89,9 @@ def prepare(training: Training, found: Checkpoint | None, undo: ExitStack) -> Se
             f"{fit.accumulate} equal parts (train.accumulate)",
             hint=f"--set train.batch_size={group.world * fit.accumulate}",
         )
-    if fit.check_precision and found is None:
+    if fit.check_precision and found is None and not _is_too_large(training):
         precision = _checked(training, precision, batch_size)
+        undo.enter_context(precision.applied())
     spec = training.train.preprocess
     shared = share(
         model,
@@ -100,11 +105,10 @@ def prepare(training: Training, found: Checkpoint | None, undo: ExitStack) -> Se
     undo.enter_context(tuned(shared.model))
     if group.world > 1:
         training.notes.append(f"{shared.strategy}: {shared.reason}")
-    forward = shared.forward
+    forward: Callable[[torch.Tensor], torch.Tensor] = shared.forward
     if fit.compile:
-        from bmctl.engine.compiling import compiled
-
-        forward = compiled(forward, example=_batches(training, batch_size, 1)[0][0], note=training.notes.append)
+        example = _batches(training, batch_size, 1)[0][0]
+        forward = compiled(shared.forward, example=example, precision=precision, note=training.notes.append)
     randomness.seed_all(training.seed, stage=training.stage, rank=group.rank)
     log = FitLog(
         context, training.stage, training.task.METRIC, batch_size, steps_per_epoch, num_steps, fit.eval_every_steps
@@ -145,12 +149,18 @@ def prepare(training: Training, found: Checkpoint | None, undo: ExitStack) -> Se
     )
 
 
+def _is_too_large(training: Training) -> bool:
+    """Whether the recipe says that no GPU can hold the whole model: then it is cut up before it goes there."""
+    group, launch = training.context.group, training.context.recipe.launch
+    return group.device.type == "cuda" and group.world > 1 and (launch.strategy == "fsdp" or launch.cpu_offload)
+
+
 def _place(training: Training) -> nn.Module:
     """Model and teacher on the device, in the memory layout that convolutions are fastest in."""
-    device = training.context.group.device
+    device = torch.device("cpu") if _is_too_large(training) else training.context.group.device
     layout = torch.channels_last if training.fit.channels_last else torch.contiguous_format
     if training.teacher is not None:
-        training.teacher.to(device, memory_format=layout).eval()  # type: ignore[call-overload]
+        training.teacher.to(training.context.group.device, memory_format=layout).eval()  # type: ignore[call-overload]
     return training.model.to(device, memory_format=layout).train()  # type: ignore[call-overload]
 
 
@@ -158,10 +168,21 @@ def _place(training: Training) -> nn.Module:
 
 
 def _precision(training: Training, found: Checkpoint | None) -> Precision:
-    device = training.context.group.device
-    if found is not None and found.state.precision == "fp32" and training.fit.precision == "auto":
-        return Precision("fp32", "so this run was begun")
-    return choose_precision(training.fit.precision, device)
+    """The same for all ranks; a run that once fell back to fp32 stays there."""
+    fit, group = training.fit, training.context.group
+    if found is not None and found.state.precision == "fp32" and (fit.precision == "auto" or fit.check_precision):
+        return replace(choose_precision("fp32", group.device), reason="so this run was begun")
+    error, chosen = None, None
+    try:
+        chosen = choose_precision(fit.precision, group.device)
+    except BmctlError as failed:
+        error = failed
+    settle(group, error)
+    assert chosen is not None
+    names = {one["name"] for one in gather(group, {"name": chosen.name})}
+    if len(names) == 1:
+        return chosen
+    return replace(choose_precision("fp32", group.device), reason=f"of {' and '.join(sorted(names))} all have fp32")
 
 
 def _batch_size(training: Training, found: Checkpoint | None, precision: Precision) -> int:
@@ -171,20 +192,23 @@ def _batch_size(training: Training, found: Checkpoint | None, precision: Precisi
         return fit.batch_size
     if found is not None and found.state.batch_size:
         return found.state.batch_size
-    from bmctl.engine.batchsize import find_batch_size
-
     x, y = _batches(training, group.world * min(64, len(training.train) // group.world), 1)[0]
+
+    channels_last = fit.channels_last and x.dim() == 4
 
     def trial(batch: int) -> None:
         """Forward and backward of one part of this process's share."""
         rows = torch.arange(batch, device=x.device) % len(x)
+        some = x[rows].contiguous(memory_format=torch.channels_last) if channels_last else x[rows]
         with precision.autocast(group.device):
-            outputs = training.model(x[rows])
+            outputs = training.model(some)
         _loss(training)(outputs, y[rows]).backward()
         training.model.zero_grad(set_to_none=True)
 
     shares = group.world * fit.accumulate
-    part, said = find_batch_size(trial, model=training.model, group=group, limit=len(training.train) // shares)
+    # An epoch has at least a few steps: with one, a training would be all warm-up.
+    limit = max(1, len(training.train) // (MIN_STEPS * shares))
+    part, said = find_batch_size(trial, model=training.model, group=group, limit=limit)
     training.notes.extend(said)
     return part * shares
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from bmctl.engine import appraise, measure, train
+from bmctl.engine.consolidate import About
 from bmctl.engine.context import StageContext
 from bmctl.engine.data import array_batches, data_fingerprint, open_split
 from bmctl.engine.graph import export_onnx
@@ -90,7 +91,7 @@ def _module_step(work: Work) -> None:
         work.note(text)
     metrics: dict[str, Any] = {}
     if step.recover is not None:
-        model, metrics = _recover(work, step, model)
+        model, metrics = _recover(work, step, model, meta)
     model.eval()
 
     def publish() -> None:
@@ -104,7 +105,9 @@ def _module_step(work: Work) -> None:
     leading(context, publish)
 
 
-def _recover(work: Work, step: ModuleStepConfig, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+def _recover(
+    work: Work, step: ModuleStepConfig, model: nn.Module, meta: Meta
+) -> tuple[nn.Module, dict[str, Any]]:
     """Fine-tune; returns the model, and what the manifest says of it."""
     context, recover, manifest = work.context, step.recover, work.parent.manifest
     recipe = context.recipe
@@ -124,6 +127,7 @@ def _recover(work: Work, step: ModuleStepConfig, model: nn.Module) -> tuple[nn.M
         teacher=teacher,
         distill=recover.distill if teacher is not None else None,
         inputs_hash=work.key,
+        about=_about(work, meta),
     )
     for text in result.notes:
         work.note(text)
@@ -136,6 +140,22 @@ def _recover(work: Work, step: ModuleStepConfig, model: nn.Module) -> tuple[nn.M
             "teacher": work.original.hash if teacher is not None else None,
         },
     }
+
+
+def _about(work: Work, meta: Meta) -> dict[str, Any]:
+    """What checkpoints of the recovery say of the model, which went through this step already."""
+    manifest, recipe = work.parent.manifest, work.context.recipe
+    assert manifest.model is not None and manifest.preprocess is not None and recipe.task is not None
+    about = About(
+        model=manifest.model,
+        preprocess=manifest.preprocess,
+        class_names=manifest.class_names,
+        task=recipe.task.model_dump(mode="json"),
+        data_fingerprint=data_fingerprint(recipe),
+        history=(*manifest.history, Structure(step=work.step.model_dump(mode="json"), meta=meta)),
+        recipe=recipe.model_dump(mode="json"),
+    )
+    return about.to_json()
 
 
 def _graph_step(work: Work) -> None:

@@ -100,7 +100,7 @@ def fit(
             context.emit({"event": "note", "stage": stage, "text": text})
 
     with ExitStack() as undo:
-        found = position.find_start(context, stage=stage, model=model, note=say)
+        found = position.find_start(context, stage=stage, fit=fit, model=model, note=say)
         setting = prepare(training, found, undo)
         precision = setting.precision
         notes = (f"{precision.name}: {precision.reason}", *training.notes, *differences(model, context.group, fit))

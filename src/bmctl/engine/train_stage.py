@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from bmctl.engine import appraise, randomness
+from bmctl.engine.consolidate import About
 from bmctl.engine.context import StageContext
 from bmctl.engine.data import Split, array_batches, data_fingerprint, open_split, resolve_preprocess
 from bmctl.engine.leaks import check_leaks
 from bmctl.engine.parallel import settle
 from bmctl.engine.train import FitResult, fit, training_key
 from bmctl.errors import BmctlError, DataError, RecipeError, UsageError
-from bmctl.models import ModelConfig, ModelSpec, build, input_defaults, resolve
+from bmctl.models import ModelConfig, ModelSpec, build, input_defaults, resolve, spec_args
 from bmctl.package import Manifest, ModelPackage, derive, load_model, open_package, save_package
 from bmctl.recipe import Recipe, recipe_yaml
 from bmctl.schema import TensorSpec
@@ -67,6 +68,15 @@ def train_stage(context: StageContext, *, start: ModelPackage | None = None) -> 
         stage=stage,
         seed=recipe.seed,
         inputs_hash=start.hash if start else "",
+        about=About(
+            model=spec,
+            preprocess=preprocess,
+            class_names=train.class_names,
+            task=recipe.task.model_dump(mode="json"),
+            data_fingerprint=data_fingerprint(recipe),
+            history=start.manifest.history if start else (),
+            recipe=recipe.model_dump(mode="json"),
+        ).to_json(),
     )
     error, package = None, None
     if context.group.leads:
@@ -84,7 +94,7 @@ def _build(recipe: Recipe, train: Split) -> tuple[nn.Module, ModelSpec, tuple[st
     spec = resolve(
         ModelSpec(
             name=recipe.model.name,
-            args=recipe.model.args,
+            args=spec_args(recipe.model),
             num_classes=len(train.class_names),
             channels=train.preprocess.channels,
             size=train.preprocess.size,
