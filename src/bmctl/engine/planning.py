@@ -24,7 +24,6 @@ def sharing(recipe: Recipe) -> dict[str, str]:
 
     Raises:
         RecipeError: No such model.
-        UnsupportedError: The strategy and the optimizer do not go together.
     """
     fit, launch = recipe.train, recipe.launch
     assert fit is not None and recipe.model is not None

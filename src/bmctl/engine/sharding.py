@@ -184,7 +184,6 @@ def share(
 
     Raises:
         RecipeError: `launch.cpu_offload` where there is nothing to offload.
-        UnsupportedError: fsdp with an optimizer that needs whole matrices.
     """
     clock = Clock(group.device)
     if launch.cpu_offload and (group.device.type != "cuda" or group.world == 1):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bmctl.errors import UnsupportedError
 from bmctl.fit import Fit, Optimizer
 from bmctl.sections import LaunchConfig
 
@@ -18,7 +17,6 @@ USABLE = 0.7
 """Of the memory at hand: the rest is for what is not counted here, such as kernels' workspace, loaders and gaps."""
 
 _STATE_BYTES = {"sgd": 4, "adam": 8, "adamw": 8, "rmsprop": 4, "adafactor": 0, "muon": 4}
-_WHOLE = {"adafactor": "the rows and columns of a whole matrix", "muon": "a whole matrix"}
 """Optimizers that fsdp has only a part of what they need for, with what that is."""
 
 
@@ -109,27 +107,16 @@ def choose(
 
     Args:
         memory_bytes: At hand for one process.
-
-    Raises:
-        UnsupportedError: fsdp is asked for, and the optimizer cannot work on parts.
     """
     if world == 1:
         return "single", "there is one process"
     asked = "launch.strategy is fsdp" if launch.strategy == "fsdp" else ""
     if launch.cpu_offload and launch.strategy != "ddp":
         asked = asked or "launch.cpu_offload is for fsdp"
-    needs = _WHOLE.get(fit.optimizer.name)
-    if asked and needs:
-        raise UnsupportedError(
-            f"{asked}, and the optimizer {fit.optimizer.name} looks at {needs}, of which a process then has a part",
-            hint="--set launch.strategy=ddp, or take adamw",
-        )
     if asked:
         return "fsdp", asked
     if launch.strategy == "ddp":
         return "ddp", "launch.strategy is ddp"
-    if needs:
-        return "ddp", f"the optimizer {fit.optimizer.name} looks at {needs}"
     found = loads(outline, fit=fit, world=world, batch_size=batch_size)
     whole, part, most = found["ddp"].total, found["fsdp"].total, int(USABLE * memory_bytes)
     at_hand = f"{USABLE:.0%} of {amount(memory_bytes)}"

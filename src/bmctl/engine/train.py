@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from bmctl.engine import loop, position
+from bmctl.engine.communication import Clock
 from bmctl.engine.context import StageContext
 from bmctl.engine.data import Split
 from bmctl.engine.position import Position, Setting
 from bmctl.engine.prepare import Training, differences, digest, prepare, settings_of
 from bmctl.engine.recompute import keep_activations
+from bmctl.engine.sharding import Shared
 from bmctl.engine.validation import evaluate
 from bmctl.errors import DivergedError, RecipeError
 from bmctl.fit import Distill, Fit
@@ -163,6 +165,20 @@ def _select(setting: Setting, where: Position) -> tuple[nn.Module, Evaluation | 
     keep_activations(whole)
     whole.to(memory_format=torch.contiguous_format).eval()
     known = where.best_evaluation if where.best_step == where.step or not is_last else None
-    if known is None or setting.shared.strategy == "fsdp":
+    if setting.shared.strategy == "fsdp":
+        setting, known = _made_whole(setting, whole), None
+    if known is None:
         known = evaluate(setting, step=where.step)
     return whole, known if setting.context.group.leads else None
+
+
+def _made_whole(setting: Setting, whole: nn.Module) -> Setting:
+    """To evaluate in fp32: parts are gathered, and compute, in the format that they were trained in."""
+    group = setting.context.group
+    try:
+        whole.to(group.device)
+    except torch.OutOfMemoryError:
+        setting.log.note(f"no GPU holds the whole model: the last evaluation is in {setting.precision.name}")
+        return setting
+    shared = Shared(whole, forward=whole, group=group, strategy="ddp", reason="", clock=Clock(group.device))
+    return replace(setting, shared=shared, average=None)
