@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from bmctl.engine import checkpoint, randomness, selfcheck
+from bmctl.engine import attention, checkpoint, convolution, randomness, selfcheck
 from bmctl.engine.batchsize import find_batch_size
 from bmctl.engine.checkpoint import Checkpoint
 from bmctl.engine.compiling import compiled
 from bmctl.engine.context import StageContext
-from bmctl.engine.convolution import tuned
 from bmctl.engine.data import Split
 from bmctl.engine.ema import Average
 from bmctl.engine.fitlog import FitLog
@@ -102,7 +101,9 @@ def prepare(training: Training, found: Checkpoint | None, undo: ExitStack) -> Se
         batch_size=batch_size,
         sample_shape=(spec.channels, *spec.size),
     )
-    undo.enter_context(tuned(shared.model))
+    if precision.name == "bf16" and group.device.type == "cpu" and convolution.has_tiles() and not fit.compile:
+        undo.enter_context(convolution.tuned(shared.model))
+        undo.enter_context(attention.tuned())
     if group.world > 1:
         training.notes.append(f"{shared.strategy}: {shared.reason}")
     forward: Callable[[torch.Tensor], torch.Tensor] = shared.forward

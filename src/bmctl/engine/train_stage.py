@@ -135,6 +135,9 @@ def _done(context: StageContext, target: Path, *, key: str) -> ModelPackage | No
             hint="train into another run with -o RUN, or add --overwrite to redo it",
         )
     if context.group.leads:
+        if context.profile:
+            text = "--profile: nothing was trained, so nothing is traced; add --overwrite"
+            context.emit({"event": "note", "stage": STAGE, "text": text})
         context.emit({"event": "skip", "stage": STAGE, "text": f"{target} is there, of the same recipe and data"})
     return package
 

@@ -48,6 +48,7 @@ def validate(setting: Setting, position: Position) -> None:
         metric=float(np.mean([mean["score"] for mean in means])),
         val_metric=value,
         val_loss=evaluation.extra.get("loss"),
+        is_best=better_by > 0,
     )
     position.validated_step = position.step
     position.sums.zero_()
