@@ -173,10 +173,11 @@ def _stay(agent: threading.Thread, config: LaunchConfig, logs: Logs, shared: Sha
         tail.read()
         while shared.notes:
             emit({"event": "note", "text": shared.notes.popleft()})
-        found = overseer.look(dict(shared.workers) if shared.is_running else {})
-        if found is not None and shared.is_running:
+        watched = dict(shared.workers) if shared.is_running else {}
+        found = overseer.look(watched)
+        if found is not None and shared.is_running and shared.workers == watched:
             shared.hang, shared.is_running = found, False
-            _hand_on(signal.SIGKILL, shared.workers.values(), told=set())
+            _hand_on(signal.SIGKILL, watched.values(), told=set())
     tail.read()
     while shared.notes:
         emit({"event": "note", "text": shared.notes.popleft()})

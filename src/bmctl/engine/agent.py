@@ -200,7 +200,8 @@ class Agent(LocalElasticAgent):
                 for local, handler in self._pcontext.subprocess_handlers.items()  # type: ignore[attr-defined]
             }
             self._died = {rank: code for rank, code in ended.items() if code}
-            self._shared.is_running = not any(code is not None for code in ended.values())
+            if any(code is not None for code in ended.values()):
+                self._shared.is_running = False
             if self._died:
                 self._end_stragglers()
         return super()._monitor_workers(worker_group)
