@@ -55,7 +55,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": {"methods", "engine"},
     "backends": {"backends", "engine"},
     "bundled": {"sources"},
-    "engine": {"recipe", "sections", "package", "weights", "store", "disk", "job", "rows", "verdict", "engine", *PLUGINS},
+    "engine": {
+        "recipe",
+        "sections",
+        "package",
+        "weights",
+        "store",
+        "disk",
+        "job",
+        "rows",
+        "verdict",
+        "engine",
+        *PLUGINS,
+    },
 }
 FREE = {"errors", "schema", "fit", ""}
 # What the parent process must not load before a command has been parsed and its work is known.

@@ -363,7 +363,9 @@ def test_archives_and_streams_are_compared_without_reading_them_again(tmp_path: 
     assert check_leaks(recipe(tars)) == check_leaks(recipe(lines)) == ()
     with pytest.raises(DataError, match=r"\d+ of 20 test samples stand in train too, such as .*member '000000'"):
         check_leaks(recipe({**tars, "test_shards": str(tmp_path / "same"), "val": 0.01}))
-    with pytest.raises(DataError, match=r"\d+ of 20 test samples stand in train too, such as .*test\.jsonl\.gz, line 1"):
+    with pytest.raises(
+        DataError, match=r"\d+ of 20 test samples stand in train too, such as .*test\.jsonl\.gz, line 1"
+    ):
         check_leaks(recipe({**lines, "test_path": str(tmp_path / "test.jsonl.gz"), "val": 0.01}))
 
 

@@ -105,9 +105,7 @@ def _module_step(work: Work) -> None:
     leading(context, publish)
 
 
-def _recover(
-    work: Work, step: ModuleStepConfig, model: nn.Module, meta: Meta
-) -> tuple[nn.Module, dict[str, Any]]:
+def _recover(work: Work, step: ModuleStepConfig, model: nn.Module, meta: Meta) -> tuple[nn.Module, dict[str, Any]]:
     """Fine-tune; returns the model, and what the manifest says of it."""
     context, recover, manifest = work.context, step.recover, work.parent.manifest
     recipe = context.recipe

@@ -110,6 +110,7 @@ def fit(
             say(text)
         where = position.start(setting) if found is None else position.go_on(setting, found)
         why = _run(setting, where)
+        context.beat(where.step, "finishing")
         kept, evaluation = _select(setting, where)
     ended = (why,) if why != "done" else ()
     assert where.best_step is not None

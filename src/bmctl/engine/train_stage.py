@@ -79,6 +79,7 @@ def train_stage(context: StageContext, *, start: ModelPackage | None = None) -> 
         ).to_json(),
     )
     error, package = None, None
+    context.beat(result.steps, "finishing")
     if context.group.leads:
         try:
             package = _publish(context, result, start=start, spec=spec, val=val, target=target, key=key, notes=notes)
