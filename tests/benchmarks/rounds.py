@@ -51,6 +51,7 @@ class Contender:
         folder: For what the processes print, and for bmctl's run.
         label: Of their files there, if a name is not enough.
         world: Processes.
+        apart: They are no group: each trains for itself, at the same time.
         threads: Of each of them; None is all cores.
         given: Further arguments, as in contender.py.
     """
@@ -63,16 +64,17 @@ class Contender:
         folder: Path,
         label: str | None = None,
         world: int = 1,
+        apart: bool = False,
         threads: int | None = None,
         **given: object,
     ) -> None:
         self._log = folder / f"{label or name}.log"
         arguments = {"threads": threads or num_cores(), **given}
-        if name == "bmctl":
-            arguments["run"] = folder / f"{label or name}-run"
-        words = [f"{key}={value}" for key, value in arguments.items()]
         self._processes = []
-        for environment in environments(world):
+        for number, environment in enumerate(environments(1) * world if apart else environments(world)):
+            if name == "bmctl":
+                arguments["run"] = folder / f"{label or name}-run{number if apart else ''}"
+            words = [f"{key}={value}" for key, value in arguments.items()]
             with self._log.open("a") as log:
                 self._processes.append(
                     subprocess.Popen(

@@ -18,26 +18,29 @@ FSDP_SHARE = 0.55
 @pytest.mark.bench
 @pytest.mark.timeout(1500)
 def test_two_processes_do_nearly_twice_the_work_of_one(tmp_path: Path) -> None:
-    """One thread each and the same batch per process; efficiency is the time of a step alone over that in the pair."""
+    """One thread each and the same batch per process; efficiency is the time of a step alone over that in the pair.
+
+    Two processes that exchange nothing show what the machine itself gives to a second one: virtual cores may share a
+    matrix unit, and a cache. What DDP is held to is what is left.
+    """
     each = WORKLOADS["transformer"].batch_size
+    common = {"name": "bmctl", "workload": "transformer", "threads": 1}
     made = {
-        f"{world} process{'es' * (world > 1)}": {
-            "name": "bmctl",
-            "workload": "transformer",
-            "world": world,
-            "threads": 1,
-            "batch_size": each * world,
-        }
-        for world in (1, 2)
+        "1 process": {**common, "batch_size": each},
+        "2 that exchange nothing": {**common, "batch_size": each, "world": 2, "apart": True},
+        "2 under DDP": {**common, "batch_size": each * 2, "world": 2},
     }
     with contenders(made, folder=tmp_path) as them:
         seconds = interleave(them, steps=1, warm_up=4)
-    efficiency, interval = ratio(seconds["1 process"], seconds["2 processes"])
+    machine = ratio(seconds["1 process"], seconds["2 that exchange nothing"])
+    efficiency = ratio(seconds["1 process"], seconds["2 under DDP"])
+    over_apart = ratio(seconds["2 that exchange nothing"], seconds["2 under DDP"])
     print(f"\ntransformer, DDP over gloo, batch {each} per process of one thread, {ROUNDS} rounds")
     rates = {label: each * (1 + (label != "1 process")) / took for label, took in seconds.items()}
     rows = [(label, f"{float(rate.mean()):.2f} images/s in all") for label, rate in rates.items()]
-    print(table([*rows, ("efficiency", f"{shown(efficiency, interval)} (at least {EFFICIENCY})")]))
-    assert efficiency >= EFFICIENCY
+    rows += [("efficiency of the machine", shown(*machine)), ("efficiency under DDP", shown(*efficiency))]
+    print(table([*rows, ("DDP / two apart", f"{shown(*over_apart)} (at least {EFFICIENCY})")]))
+    assert over_apart[0] >= EFFICIENCY
 
 
 @pytest.mark.bench
