@@ -154,7 +154,7 @@ def test_signalled_while_it_loads(tmp_path: Path) -> None:
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
     run = make_run(tmp_path, *LONG, "launch.timeout_s=60", "train.grace_s=60")
     process = start(run, fault="hang:1:15")
-    stop(process, signal.SIGTERM, signal.SIGTERM, at="epoch")
+    stop(process, signal.SIGTERM, signal.SIGTERM, at="evaluation")
     ended = end(process, timeout=40)
     assert ended.code == 143, ended.stderr
 

@@ -47,7 +47,7 @@ def test_killed_from_outside_at_any_moment(tmp_path: Path, whole: Path) -> None:
     process = start(run)
     assert process.stdout is not None
     for line in process.stdout:
-        if '"epoch"' in line:
+        if '"evaluation"' in line:
             process.kill()
             break
     assert end(process).code == -9
