@@ -159,8 +159,8 @@ def test_optimizers_on_parts_of_matrices() -> None:
     told = [each.value for each in on_ranks(2, work)]
     for config, got, same, wanted in zip(OPTIMIZERS, *told, alone, strict=True):
         assert got == same, config
-        # Where a gradient is all but zero, its direction is what rounding makes of it.
-        assert apart(got, wanted) < 1e-4, config
+        # Where a gradient is all but zero, its direction is what rounding makes of it; Muon orthogonalises in bf16.
+        assert apart(got, wanted) < (1e-3 if config.name == "muon" else 1e-4), config
 
 
 def test_activations_computed_again_on_gathered_weights() -> None:
