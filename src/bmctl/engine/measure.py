@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from bmctl.engine import memory
 from bmctl.engine.graphsize import graph_macs, graph_num_params
 
 __all__ = [
@@ -141,7 +142,7 @@ def peak_memory_bytes(run: Callable[[], object], *, device: torch.device | str =
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    _reset_peak()
+    memory.reset_peak()
     before = _peak_bytes()
     run()
     return max(0, _peak_bytes() - before)
@@ -167,23 +168,10 @@ def _percentiles(samples_ms: list[float]) -> Latency:
     return Latency(p50_ms=p50, p90_ms=p90, p99_ms=p99, samples_ms=tuple(samples_ms))
 
 
-def _reset_peak() -> None:
-    """Forget the highest resident size so far, where Linux lets us; elsewhere only a new peak is seen."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
 def _peak_bytes() -> int:
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # no /proc: not Linux
+    # Without /proc, as on macOS, the highest size ever stands for the newest peak.
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return memory.peak_bytes() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 # -- the machine ------------------------------------------------------------------------------------

@@ -46,7 +46,12 @@ _FREE = {"keep_checkpoints", "checkpoint_every_steps", "async_checkpoints", "max
 
 @dataclass(frozen=True)
 class Training:
-    """What `train.fit` is asked to do; `notes` is what the user is told on the way."""
+    """What `train.fit` is asked to do.
+
+    Attributes:
+        notes: What the user is told, and what the package remembers: it bears on the weights.
+        remarks: What the user is told now.
+    """
 
     model: nn.Module
     fit: Fit
@@ -62,6 +67,7 @@ class Training:
     inputs_hash: str
     about: Mapping[str, Any]
     notes: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
 
 def prepare(training: Training, found: Checkpoint | None, undo: ExitStack) -> Setting:
@@ -210,14 +216,14 @@ def _batch_size(training: Training, found: Checkpoint | None, precision: Precisi
     # An epoch has at least a few steps: with one, a training would be all warm-up.
     limit = max(1, len(training.train) // (MIN_STEPS * shares))
     part, said = find_batch_size(trial, model=training.model, group=group, limit=limit)
-    training.notes.extend(said)
+    training.remarks.extend(said)
     return part * shares
 
 
 def _checked(training: Training, precision: Precision, batch_size: int) -> Precision:
     """`precision`, or fp32 where the first batches come out differently in it."""
     group = training.context.group
-    precision, said = selfcheck.check(
+    checked, said = selfcheck.check(
         precision,
         model=training.model,
         loss=_loss(training),
@@ -225,8 +231,9 @@ def _checked(training: Training, precision: Precision, batch_size: int) -> Preci
         device=group.device,
         group=group,
     )
-    training.notes.extend([said] if said else [])
-    return precision
+    kept_in = training.remarks if checked.name == precision.name else training.notes
+    kept_in.extend([said] if said else [])
+    return checked
 
 
 def _loss(training: Training) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -263,7 +270,7 @@ def _num_workers(training: Training, batch_size: int) -> int:
         local_world=int(os.environ.get("LOCAL_WORLD_SIZE") or 1),
     )
     if number and data.num_workers == "auto":
-        training.notes.append(f"data: {number} loader process{'es' if number > 1 else ''} per process ({why})")
+        training.remarks.append(f"data: {number} loader process{'es' if number > 1 else ''} per process ({why})")
     return number
 
 

@@ -39,7 +39,7 @@ class FitResult:
         best_step: After which the best evaluation was.
         precision: ``fp32``, ``tf32``, ``bf16`` or ``fp16``.
         batch_size: Samples of a step, over all processes.
-        notes: What the user was told.
+        notes: What the user was told that bears on the weights.
     """
 
     model: nn.Module
@@ -106,7 +106,7 @@ def fit(
         setting = prepare(training, found, undo)
         precision = setting.precision
         notes = (f"{precision.name}: {precision.reason}", *training.notes, *differences(model, context.group, fit))
-        for text in notes:
+        for text in (*notes, *training.remarks):
             say(text)
         where = position.start(setting) if found is None else position.go_on(setting, found)
         why = _run(setting, where)
