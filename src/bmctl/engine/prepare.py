@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bmctl.engine import attention, checkpoint, convolution, randomness, selfcheck
+from bmctl.engine import attention, checkpoint, convolution, linear, randomness, selfcheck
 from bmctl.engine.batchsize import find_batch_size
 from bmctl.engine.checkpoint import Checkpoint
 from bmctl.engine.compiling import compiled
@@ -85,6 +85,10 @@ def prepare(training: Training, found: Checkpoint | None, undo: ExitStack) -> Se
         undo.callback(keep_activations, model)
     precision = _precision(training, found)
     undo.enter_context(precision.applied())
+    if precision.name == "bf16" and group.device.type == "cpu" and convolution.has_tiles() and not fit.compile:
+        # Before the batch size is tried and the numbers are compared: both are to hold for what will compute.
+        for tuned in (convolution.tuned(model), attention.tuned(), linear.tuned()):
+            undo.enter_context(tuned)
     batch_size = _batch_size(training, found, precision)
     steps_per_epoch, num_steps = _count_steps(fit, len(training.train), batch_size)
     check_batch(group, batch_size)
@@ -107,9 +111,6 @@ def prepare(training: Training, found: Checkpoint | None, undo: ExitStack) -> Se
         batch_size=batch_size,
         sample_shape=(spec.channels, *spec.size),
     )
-    if precision.name == "bf16" and group.device.type == "cpu" and convolution.has_tiles() and not fit.compile:
-        undo.enter_context(convolution.tuned(shared.model))
-        undo.enter_context(attention.tuned())
     if group.world > 1:
         training.notes.append(f"{shared.strategy}: {shared.reason}")
     forward: Callable[[torch.Tensor], torch.Tensor] = shared.forward
