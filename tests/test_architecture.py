@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launch": {"recipe", "store", "disk", "job", "engine"},
     "report": {"rows", "page", "store", "engine.stats", "engine.scores"},
     "gates": {"rows", "page", "sections"},
-    "doctor": set(),
+    "doctor": {"engine.memory"},
     "models": {"models", "engine"},
     "sources": {"sources", "engine"},
     "tasks": {"tasks", "engine"},

@@ -177,14 +177,9 @@ def _quota() -> float | None:
 
 
 def _memory() -> Check:
-    available = _field(_read("/proc/meminfo"), "MemAvailable") or ""
-    if not available:
-        return Check("memory", "ok", "unknown")
-    free = int(available.split()[0]) * 1024
-    limit = _read("/sys/fs/cgroup/memory.max").strip()
-    if limit.isdigit():
-        used = _read("/sys/fs/cgroup/memory.current").strip()
-        free = min(free, int(limit) - (int(used) if used.isdigit() else 0))
+    from bmctl.engine import memory
+
+    free = memory.free_bytes()
     value = f"{free / 1e9:.1f} GB available"
     low = free < LOW_MEMORY_BYTES
     return Check("memory", "warn" if low else "ok", value, "training wants about 4 GB: close something" if low else "")

@@ -164,6 +164,23 @@ def test_files_are_evaluated_in_order_too(folder: Path) -> None:
     assert next(iter(data.array_batches(chosen, batch_size=3)))[0].shape == (3, 3, 8, 6)  # may be left half-way
 
 
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_rank_reads_only_the_rows_that_it_evaluates(folder: Path, monkeypatch, world: int) -> None:
+    source = {"kind": "folder", "root": str(folder), "val": 0.4}
+    preprocess = data.resolve_preprocess(recipe(source))
+    chosen = data.open_split(recipe(source), name="val", preprocess=preprocess)
+    whole = list(data.array_batches(chosen, batch_size=11))
+    read: list[int] = []
+    real = data.images.prepare
+    monkeypatch.setattr(data.images, "prepare", lambda pictures, spec: read.append(len(pictures)) or real(pictures, spec))
+    ranks = [list(data.array_batches(chosen, batch_size=11, rank=rank, world=world)) for rank in range(world)]
+    assert sum(read) == len(chosen) == 24
+    assert [len(x) for x, _ in whole] == [11, 11, 2]  # of two rows a third rank has none
+    for (x, y), *parts in zip(whole, *ranks, strict=True):
+        assert np.array_equal(sum(part for part, _ in parts), x)
+        assert all(np.array_equal(labels, y) for _, labels in parts)
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_bad_file_is_named_by_whichever_process_finds_it(folder: Path, num_workers: int) -> None:
     source = {"kind": "folder", "root": str(folder)}

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from bmctl.engine.ema import Average
 from bmctl.engine.optim import build_optimizer
+from bmctl.engine.order import share_of
 from bmctl.engine.parallel import Group
 from bmctl.engine.precision import Precision
 from bmctl.engine.recompute import recompute_blocks
@@ -229,14 +230,17 @@ def test_the_clock_changes_no_bit(strategy: str, monkeypatch: pytest.MonkeyPatch
     assert timed[1] > 0 == plain[1]
 
 
-def test_parameters_that_get_no_gradient() -> None:
+@pytest.mark.parametrize("traced", [True, False])
+def test_parameters_that_get_no_gradient(traced: bool) -> None:
+    """Seen on shapes alone; of a model that cannot be traced so, looked for in every step."""
+
     class Partly(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.used, self.unused = mlp(), nn.Linear(3, 3)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.used(x)
+            return self.used(x if traced or float(x.sum()) else -x)
 
     def work(group: Group) -> dict[str, Any]:
         return train(shared(make(Partly), group, sample_shape=(3, 8, 8)), group, optimizer=AdamW(), parts=2)
@@ -281,7 +285,13 @@ def test_outputs_have_the_order_of_the_rows(strategy: str) -> None:
     def work(group: Group) -> list[list[list[float]]]:
         one = shared(make(vit), group, strategy)
         train(one, group, optimizer=AdamW())
-        found = [one.outputs(batch(9, num)[0]).tolist() for num in (1, 2, 3, 7)]
+        found = []
+        for num in (1, 2, 3, 7):
+            rows = batch(9, num)[0]
+            mine = torch.zeros_like(rows)
+            share = share_of(num, rank=group.rank, world=group.world)
+            mine[share] = rows[share]
+            found.append(one.outputs(mine).tolist())
         assert one.model.training
         # The optimizer and the checkpoint look at parts, not at what an evaluation gathered.
         assert strategy == "ddp" or group.world == 1 or all(isinstance(w, DTensor) for w in one.model.parameters())

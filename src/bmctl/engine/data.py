@@ -19,7 +19,7 @@ import numpy as np
 from bmctl.engine import images
 from bmctl.engine.augment import augment, crop_boxes
 from bmctl.engine.loader import Batch, open_loader
-from bmctl.engine.order import Plan, balanced_order, sample_order, windowed_order
+from bmctl.engine.order import Plan, balanced_order, sample_order, share_of, windowed_order
 from bmctl.errors import DataError, RecipeError
 from bmctl.models import InputDefaults, input_defaults
 from bmctl.schema import Preprocess
@@ -212,9 +212,33 @@ def train_batches(
         yield from loader.batches(epoch=epoch, start_step=start_step)
 
 
-def array_batches(split: Split, *, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All samples in order: float32 [n, C, H, W] and int64 [n], the last batch smaller if need be."""
-    steps = [np.arange(start, min(start + batch_size, len(split))) for start in range(0, len(split), batch_size)]
+def array_batches(
+    split: Split, *, batch_size: int, rank: int = 0, world: int = 1
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All samples in order: float32 [n, C, H, W] and int64 [n], the last batch smaller if need be.
+
+    Args:
+        rank: This process; of each batch only its `share_of` is read, and the other rows are zero.
+        world: Number of processes.
+    """
+    starts = range(0, len(split), batch_size)
+    steps = [np.arange(start, min(start + batch_size, len(split))) for start in starts]
+    if world == 1:
+        yield from _decoded_ahead(split, steps)
+        return
+    rows = [share_of(len(step), rank=rank, world=world) for step in steps]
+    mine = [(step, share) for step, share in zip(steps, rows, strict=True) if share.start < share.stop]
+    decoded = _decoded_ahead(split, [step[share] for step, share in mine])
+    shape = split.preprocess.channels, *split.preprocess.size
+    for step, share in zip(steps, rows, strict=True):
+        x_nCHW = np.zeros((len(step), *shape), np.float32)
+        if share.start < share.stop:
+            x_nCHW[share] = next(decoded)[0]
+        yield x_nCHW, split.labels[step]
+
+
+def _decoded_ahead(split: Split, steps: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`Split.arrays` of each step."""
     if isinstance(split.samples, ArraySamples):
         yield from map(split.arrays, steps)
         return

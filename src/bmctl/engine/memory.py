@@ -1,4 +1,4 @@
-"""How much memory a process may still take before the kernel ends it, and how much it has taken at most."""
+"""How much memory there is, how much a process may still take before the kernel ends it, and how much it has taken."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ def free_bytes(*, proc: Path = PROC, cgroup: Path = CGROUP) -> int:
 
     Source: https://docs.kernel.org/admin-guide/cgroup-v2.html#memory and, of version 1, cgroup-v1/memory.html
     """
-    return max(0, min([_of_the_machine(proc), *_of_containers(proc, cgroup)]))
+    left = [limit - used + cached for limit, used, cached in _containers(proc, cgroup)]
+    return max(0, min([_left_in_the_machine(proc), *left]))
+
+
+def total_bytes(*, proc: Path = PROC, cgroup: Path = CGROUP) -> int:
+    """Of this machine, or of the tightest container around this process."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *(limit for limit, _, _ in _containers(proc, cgroup))])
 
 
 def resident_bytes(*, proc: Path = PROC) -> int:
@@ -35,15 +42,15 @@ def peak_bytes(*, proc: Path = PROC) -> int:
     return _fields(proc / "self" / "status").get("VmHWM", 0) * 1024
 
 
-def _of_the_machine(proc: Path) -> int:
+def _left_in_the_machine(proc: Path) -> int:
     available = _fields(proc / "meminfo").get("MemAvailable")
     if available is not None:
         return available * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # not Linux: half of what there is
 
 
-def _of_containers(proc: Path, cgroup: Path) -> Iterator[int]:
-    """Left in each group that this process is in, under version 2 and under version 1."""
+def _containers(proc: Path, cgroup: Path) -> Iterator[tuple[int, int, int]]:
+    """Limit, use, and cache in that use, of each group that this process is in, under version 2 and under version 1."""
     for line in _lines(proc / "self" / "cgroup"):
         _, kinds, name = line.split(":", 2)
         if not kinds:
@@ -58,7 +65,7 @@ def _of_containers(proc: Path, cgroup: Path) -> Iterator[int]:
         for folder in {root, *(root / part for part in (group, *group.parents))}:
             limit, used = _number(folder / names[0]), _number(folder / names[1])
             if limit is not None and used is not None:
-                yield limit - used + _fields(folder / "memory.stat").get(names[2], 0)
+                yield limit, used, _fields(folder / "memory.stat").get(names[2], 0)
 
 
 def _fields(path: Path) -> dict[str, int]:

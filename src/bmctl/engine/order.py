@@ -38,6 +38,12 @@ class Plan:
         return whole.reshape(-1, self.world, self.batch_size // self.world)[self.start_step :, self.rank]
 
 
+def share_of(num_rows: int, *, rank: int, world: int) -> slice:
+    """The rows of a batch that one process evaluates; the last processes' shares may be shorter, or empty."""
+    share = -(-num_rows // world)
+    return slice(min(rank * share, num_rows), min((rank + 1) * share, num_rows))
+
+
 def balanced_order(labels: np.ndarray) -> np.ndarray:
     """An order of which every beginning holds the classes in equal numbers, as far as they last.
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from bmctl.engine import memory
 from bmctl.engine.blocks import find_blocks
-from bmctl.engine.strategy import Outline, machine_memory_bytes
+from bmctl.engine.strategy import Outline
 
 _ROWS = 2  # batch norm refuses to train on a single sample
 
@@ -41,7 +42,7 @@ def outline_of(model: nn.Module, *, sample_shape: Sequence[int] | None) -> Outli
         num_trained=_count([weight for weight in weights if weight.requires_grad]),
         num_gathered=_count(outside) + max(map(_count, blocks), default=0),
         activation_bytes=traced[0] if traced else None,
-        unused=traced[1] if traced else (),
+        unused=traced[1] if traced else None,
     )
 
 
@@ -49,7 +50,7 @@ def memory_at_hand(device: torch.device, *, num_local: int) -> int:
     """Bytes that one of `num_local` processes of this machine may fill: its GPU's, or its part of the machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return machine_memory_bytes() // num_local
+    return memory.total_bytes() // num_local
 
 
 def _trace(model: nn.Module, sample_shape: Sequence[int]) -> tuple[int, tuple[str, ...]] | None:

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from bmctl.engine.blocks import find_blocks
 from bmctl.engine.communication import BucketClock, Clock, TimedAllGather, TimedReduceScatter
 from bmctl.engine.moving import MovingBuffers
+from bmctl.engine.order import share_of
 from bmctl.engine.outline import memory_at_hand, on_meta, outline_of
 from bmctl.engine.parallel import Group, gather, mesh_of
 from bmctl.engine.precision import Precision
@@ -109,7 +110,7 @@ class Shared:
         the batch statistics of rank 0, which are those that are saved.
 
         Args:
-            x: [N >= 1, ...], the same on every rank.
+            x: [N >= 1, ...]; of a rank only the rows of its `order.share_of` are looked at.
 
         Returns:
             fp32 [N, ...] in the order of `x`, the same on every rank.
@@ -128,7 +129,7 @@ class Shared:
         self._buffers.follow_first(statistics=True)
         rank, world = self._group.rank, self._group.world
         share = -(-len(x) // world)
-        rows = x[rank * share : (rank + 1) * share]
+        rows = x[share_of(len(x), rank=rank, world=world)]
         if len(rows) < share:
             rows = torch.cat([rows, x[-1:].expand(share - len(rows), *x.shape[1:])])
         try:
@@ -218,7 +219,7 @@ def share(
         forward_sync_buffers=False,  # MovingBuffers does, when somebody reads them
         gradient_as_bucket_view=True,
         # Not static_graph, which knows such parameters at no cost: torch refuses it with no_sync in the first step.
-        find_unused_parameters=bool(outline.unused),
+        find_unused_parameters=outline.unused is None or bool(outline.unused),
     )
     forward.register_comm_hook(None, BucketClock(clock, world=group.world).average)
     return Shared(model, forward=forward, group=group, strategy="ddp", reason=reason, clock=clock)

@@ -29,14 +29,14 @@ class Outline:
         num_trained: Of those an optimizer changes.
         num_gathered: Largest number that fsdp holds whole at once: a block, or what lies in no block.
         activation_bytes: Kept for the backward pass of one sample, in fp32; None if it could not be traced.
-        unused: Names of trained parameters that the outputs do not depend on.
+        unused: Names of trained parameters that the outputs do not depend on; None if it could not be traced.
     """
 
     num_params: int
     num_trained: int
     num_gathered: int
     activation_bytes: int | None = None
-    unused: tuple[str, ...] = ()
+    unused: tuple[str, ...] | None = ()
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,8 @@ def choose(
     found = loads(outline, fit=fit, world=world, batch_size=batch_size)
     whole, part, most = found["ddp"].total, found["fsdp"].total, int(USABLE * memory_bytes)
     at_hand = f"{USABLE:.0%} of {amount(memory_bytes)}"
+    if outline.activation_bytes is None and not fit.activation_checkpointing:
+        at_hand += " (without activations: the model cannot be traced on shapes alone)"
     if whole <= most:
         return "ddp", f"{amount(whole)} in each process are at most {at_hand}"
     rest = f"fsdp takes {amount(part)}" + ("" if part <= most else ", which may be too much as well")
@@ -134,11 +136,3 @@ def amount(size_bytes: int) -> str:
             break
         size /= 1024
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-
-
-def machine_memory_bytes() -> int:
-    """Of this machine, or of the container that it is."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else ""
-    return min(total, int(text)) if text.isdigit() else total

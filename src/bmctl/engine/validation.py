@@ -74,7 +74,8 @@ def _outputs(setting: Setting, x_NCHW: np.ndarray) -> np.ndarray:
 
 def _until_stopped(setting: Setting, step: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     context = setting.context
-    for batch in array_batches(setting.val, batch_size=setting.batch_size):
+    rank, world = context.group.rank, context.group.world
+    for batch in array_batches(setting.val, batch_size=setting.batch_size, rank=rank, world=world):
         signum = Vote(context.group, [context.stop.requested or 0]).result()[0]
         if signum:
             raise StoppedError(signum)
