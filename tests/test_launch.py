@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.engine.training import SCRIPT, end, environment, make_run, run_to_end, same, start, steps, weights
+from tests.engine.runs import SCRIPT, end, environment, make_run, run_to_end, same, start, steps, weights
 
 from bmctl.job import Job, is_worker, outcome_path
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from bmctl import package, page, report, rows, store
-from bmctl.engine import scores
-from bmctl.engine.stats import paired_interval, ratio_interval
+from bmctl.engine.evaluation import scores
+from bmctl.engine.evaluation.stats import paired_interval, ratio_interval
 from bmctl.errors import PackageError
 from bmctl.tasks import Evaluation
 

@@ -113,7 +113,7 @@ def infer(
     """Predict with a run, a package, an .onnx or an engine."""
     if form not in ("jsonl", "csv"):
         raise UsageError(f"--format {form}: no such format", hint="jsonl or csv")
-    from bmctl.engine import infer as engine
+    from bmctl.engine.deployment import infer as engine
 
     target = find_target(options) if model is None or options.recipe else None
     section = (target.recipe.infer if target else None) or InferConfig(data="")
@@ -168,7 +168,7 @@ def evaluate(options: Options, *, source: str | None, split: str) -> int:
     target = find_target(options, source)
     if options.dry_run:
         return _say(options, {"evaluate": source or str(target.run), "split": split})
-    from bmctl.engine.evaluate import evaluate_artifact
+    from bmctl.engine.evaluation.evaluate import evaluate_artifact
 
     with opened(options, target) as session, stage(session) as context:
         found = evaluate_artifact(context, Path(source) if source else session.run, split=split)
@@ -216,7 +216,7 @@ def _newest(session: Session) -> package.ModelPackage:
 
 def _start(session: Session, target: Target) -> package.ModelPackage | None:
     """The package that the command line names, made the run's own; None where it names none."""
-    from bmctl.engine.compress import take_in
+    from bmctl.engine.compression.compress import take_in
 
     if target.graph:
         return _import(session, str(target.graph), model=None, match="name")
@@ -229,14 +229,14 @@ def _start(session: Session, target: Target) -> package.ModelPackage | None:
 def _import(
     session: Session, source: str, *, model: str | None, match: Literal["name", "position"]
 ) -> package.ModelPackage:
-    from bmctl.engine.importing import import_stage
+    from bmctl.engine.intake.importing import import_stage
 
     with stage(session) as context:
         return import_stage(context, source, model=model, match=match)
 
 
 def _compress(session: Session, *, start: package.ModelPackage) -> None:
-    from bmctl.engine.compress import run_steps
+    from bmctl.engine.compression.compress import run_steps
 
     with stage(session) as context:
         run_steps(context, start=start)
@@ -244,8 +244,8 @@ def _compress(session: Session, *, start: package.ModelPackage) -> None:
 
 def _export(session: Session, *, tensorrt: bool = False) -> None:
     """Artifacts of the newest package, and of the first where the recipe wants the comparison."""
-    from bmctl.engine.export import choose_tensorrt, export_package
-    from bmctl.engine.prove import prove
+    from bmctl.engine.deployment.export import choose_tensorrt, export_package
+    from bmctl.engine.deployment.prove import prove
 
     recipe, run = session.recipe, session.run
     backends = list(recipe.export.backends)
@@ -268,7 +268,7 @@ def _export(session: Session, *, tensorrt: bool = False) -> None:
 
 def _infer(session: Session) -> None:
     """The recipe's infer section: predictions into the run, and on stdout where nobody asked for JSON."""
-    from bmctl.engine import infer as engine
+    from bmctl.engine.deployment import infer as engine
 
     section = session.recipe.infer
     assert section is not None
@@ -330,7 +330,7 @@ def _plan(options: Options, target: Target, *, stages: Sequence[str]) -> int:
     recipe = target.recipe
     lines = {stage: text for stage, text in describe(recipe) if stage in ("run", *stages)}
     if "train" in lines and recipe.launch.worlds[-1] > 1:
-        from bmctl.engine.planning import sharing
+        from bmctl.engine.sharding.planning import sharing
 
         lines |= sharing(recipe)
     return _say(options, {"run": str(target.run), **lines})

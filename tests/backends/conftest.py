@@ -63,7 +63,7 @@ def rescnn_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """bmctl's residual CNN, untrained, with batch statistics that are not the initial ones; fp32 [n, 1, 28, 28]."""
     import torch
 
-    from bmctl.engine.graph import export_onnx
+    from bmctl.engine.artifacts.graph import export_onnx
     from bmctl.models import ModelSpec, build
 
     torch.manual_seed(0)

@@ -84,7 +84,7 @@ def test_throughput_splits_and_joins_the_batch(size: int, small_graph: SmallGrap
 
 def test_int8_agrees_with_onnxruntime(int8_graph: Path) -> None:
     from bmctl.backends import onnxruntime
-    from bmctl.engine import parity
+    from bmctl.engine.artifacts import parity
 
     x = np.random.default_rng(0).standard_normal((16, 1, 28, 28), np.float32)
     with onnxruntime.open(int8_graph, config=onnxruntime.Config()) as runner:

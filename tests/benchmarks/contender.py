@@ -23,12 +23,12 @@ from tests.benchmarks.gate import Batches, Gate
 from tests.benchmarks.workloads import BATCHES, WORKLOADS, Workload, batches_of, split_of
 from torch import nn
 
-from bmctl.engine import fitlog, train
 from bmctl.engine.context import StageContext
-from bmctl.engine.data import Split
-from bmctl.engine.order import Plan
+from bmctl.engine.loading.data import Split
+from bmctl.engine.loading.order import Plan
 from bmctl.engine.parallel import join
-from bmctl.engine.signals import Stop
+from bmctl.engine.processes.signals import Stop
+from bmctl.engine.training import fitlog, train
 from bmctl.recipe import load_recipe
 from bmctl.tasks import TASKS
 

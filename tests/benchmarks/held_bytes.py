@@ -11,10 +11,10 @@ from tests.benchmarks.workloads import NUM_CLASSES, WORKLOADS
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from bmctl.engine.optim import build_optimizer
+from bmctl.engine.computing.precision import choose_precision
 from bmctl.engine.parallel import join, leave
-from bmctl.engine.precision import choose_precision
-from bmctl.engine.sharding import share
+from bmctl.engine.sharding.shared import share
+from bmctl.engine.training.optim import build_optimizer
 from bmctl.recipe import LaunchConfig
 
 

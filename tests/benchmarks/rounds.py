@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from bmctl.engine.evaluation.stats import Interval, ratio_interval
 from bmctl.engine.parallel import num_cores
-from bmctl.engine.stats import Interval, ratio_interval
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = int(os.environ.get("BMCTL_BENCH_ROUNDS", "30"))

@@ -1,4 +1,4 @@
-"""Where a matrix product beats oneDNN: the table that the rule of engine/convolution.py is derived from."""
+"""Where a matrix product beats oneDNN: the table that the rule of engine/computing/convolution.py is derived from."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from bmctl.engine import attention, convolution
-from bmctl.engine.convolution import Products, Shape, choose, has_tiles
+from bmctl.engine.computing import attention, convolution
+from bmctl.engine.computing.convolution import Products, Shape, choose, has_tiles
 
 NUM_ROUNDS = 9
 RESNET18 = [

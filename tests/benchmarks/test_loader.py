@@ -15,9 +15,9 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from bmctl.engine import data
-from bmctl.engine.loader import open_loader
-from bmctl.engine.stats import ratio_interval
+from bmctl.engine.evaluation.stats import ratio_interval
+from bmctl.engine.loading import data
+from bmctl.engine.loading.loader import open_loader
 from bmctl.schema import Preprocess
 from bmctl.sections import Recipe
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bmctl.engine.data import Split, train_batches
+from bmctl.engine.loading.data import Split, train_batches
 from bmctl.fit import SGD, AdamW
 from bmctl.schema import Preprocess
 from bmctl.sources import bundled

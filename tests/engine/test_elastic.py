@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests.engine.training import RECIPE, distance, environment, steps, weights
+from tests.engine.runs import RECIPE, distance, environment, steps, weights
 
 from bmctl import store
 from bmctl.job import newest_step

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from tests.engine.training import Ended, make_run, run_to_end, same, weights
+from tests.engine.runs import Ended, make_run, run_to_end, same, weights
 
-from bmctl.engine.attempts import Attempts
+from bmctl.engine.processes.attempts import Attempts
 from bmctl.job import outcome_path
 
 pytestmark = pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.engine.training import end, make_run, run_to_end, same, start, steps, weights
+from tests.engine.runs import end, make_run, run_to_end, same, start, steps, weights
 
 SMALL = ("train.checkpoint_every_steps=4", "data.augment.shift=2")
 

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.engine.training import make_run, run_to_end, same, start, weights
+from tests.engine.runs import make_run, run_to_end, same, start, weights
 
-from bmctl.engine.attempts import Attempts
+from bmctl.engine.processes.attempts import Attempts
 from bmctl.errors import StuckError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]

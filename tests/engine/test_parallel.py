@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.engine.training import distance, environment, make_run, run_to_end, weights
+from tests.engine.runs import distance, environment, make_run, run_to_end, weights
 
 from bmctl.engine.parallel import Group, agree, check_batch, gather, join, leave, settle
 from bmctl.errors import DataError, DependencyError, RecipeError, UsageError

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.engine.training import Seen, fit, make_context, make_recipe
+from tests.engine.runs import Seen, fit, make_context, make_recipe
 from torch import nn
 
-from bmctl.engine import checkpoint, position
-from bmctl.engine.checkpoint import Checkpoint, open_checkpoint
-from bmctl.engine.precision import Precision, choose_precision
-from bmctl.engine.signals import Stop
-from bmctl.engine.state import KINDS, State
+from bmctl.engine.checkpoints import checkpoint
+from bmctl.engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from bmctl.engine.checkpoints.state import KINDS, State
+from bmctl.engine.computing.precision import Precision, choose_precision
+from bmctl.engine.processes.signals import Stop
+from bmctl.engine.training import position
 from bmctl.errors import PackageError, PreemptedError
 from bmctl.tasks import TASKS
 
@@ -115,7 +116,7 @@ def settle_world(patch: pytest.MonkeyPatch) -> None:
         Precision, "scaler", lambda self, device: torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=6)
     )
     clock = iter(range(10**9))
-    patch.setattr("bmctl.engine.loop.time.perf_counter", lambda: float(next(clock)))
+    patch.setattr("bmctl.engine.training.loop.time.perf_counter", lambda: float(next(clock)))
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from onnx import TensorProto, helper
 from tests.methods.graphs import make_context, run, samples, save, save_residual
 
 from bmctl.backends import BACKENDS
-from bmctl.engine import onnxfile
-from bmctl.engine.reference import open_graph, open_reference
+from bmctl.engine.artifacts import onnxfile
+from bmctl.engine.artifacts.reference import open_graph, open_reference
 from bmctl.errors import RecipeError, UnsupportedError
 from bmctl.methods import cast
 from bmctl.sections import BatchProfile

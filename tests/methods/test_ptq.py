@@ -13,7 +13,7 @@ from onnx import TensorProto, numpy_helper
 from tests.methods.graphs import make_context, run, samples, save_residual
 
 from bmctl.backends import BACKENDS
-from bmctl.engine import onnxfile
+from bmctl.engine.artifacts import onnxfile
 from bmctl.errors import DataError, RecipeError, UnsupportedError
 from bmctl.methods import ptq
 from bmctl.sections import BatchProfile

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bmctl import models
-from bmctl.engine.networks import StochasticDepth
+from bmctl.engine.modules.networks import StochasticDepth
 from bmctl.errors import RecipeError
 from bmctl.models import ModelConfig, ModelSpec
 

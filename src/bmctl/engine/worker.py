@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bmctl import store
-from bmctl.engine.attempts import Attempts
-from bmctl.engine.heartbeat import Heart, beating, dump_on_signal, group_timeout_s
-from bmctl.engine.signals import Stop, catch_signals
+from bmctl.engine.processes.attempts import Attempts
+from bmctl.engine.processes.heartbeat import Heart, beating, dump_on_signal, group_timeout_s
+from bmctl.engine.processes.signals import Stop, catch_signals
 from bmctl.errors import BmctlError, InterruptedRunError, PreemptedError, RecipeError
 from bmctl.job import Job, Logs, is_restarted, outcome_path, torchrun_nodes, write_outcome
 from bmctl.recipe import LaunchConfig, Recipe, load_recipe
@@ -46,7 +46,7 @@ def run_job(job: Job, config: LaunchConfig, *, emit: Emit, stop: Stop, heart: He
     """
     from bmctl.engine.context import StageContext
     from bmctl.engine.parallel import barrier, join, leave, settle
-    from bmctl.engine.train_stage import train_stage
+    from bmctl.engine.training.train_stage import train_stage
     from bmctl.package import open_package
 
     group = join(config.model_copy(update={"timeout_s": group_timeout_s(config.timeout_s)}))

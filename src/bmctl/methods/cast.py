@@ -51,8 +51,8 @@ def apply(onnx_path: Path, config: Config, context: MethodContext, *, out: Path)
     """
     import onnx
 
-    from bmctl.engine import halfgraph, onnxfile
-    from bmctl.engine.graph import tidy
+    from bmctl.engine.artifacts import halfgraph, onnxfile
+    from bmctl.engine.artifacts.graph import tidy
 
     precision = onnxfile.precision_of(onnx_path)
     if precision == "int8":
@@ -81,7 +81,7 @@ def apply(onnx_path: Path, config: Config, context: MethodContext, *, out: Path)
 
 def _check_range(model: onnx.ModelProto, config: Config, context: MethodContext, *, keep: set[str]) -> float:
     """The largest activation on the example; past fp16's range it is refused, by the name of its node."""
-    from bmctl.engine import halfgraph
+    from bmctl.engine.artifacts import halfgraph
 
     held = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in held]

@@ -66,8 +66,9 @@ def apply(onnx_path: Path, config: Config, context: MethodContext, *, out: Path)
     """
     import onnx
 
-    from bmctl.engine import onnxfile, quiet
-    from bmctl.engine.graph import tidy
+    from bmctl.engine import quiet
+    from bmctl.engine.artifacts import onnxfile
+    from bmctl.engine.artifacts.graph import tidy
 
     precision = onnxfile.precision_of(onnx_path)
     if precision == "int8":

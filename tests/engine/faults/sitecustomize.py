@@ -50,7 +50,7 @@ def strike() -> None:
 
 
 if KIND == "sampler" and "RANK" in os.environ:
-    from bmctl.engine import loop
+    from bmctl.engine.training import loop
 
     whole = loop.open_loader
     loop.open_loader = lambda split, **given: whole(split, **{**given, "rank": 0})
@@ -67,7 +67,7 @@ elif HERE and AT and not AGAIN:
 
     disk.reach = faulty_reach
 elif (HERE or KIND == "gate") and not AGAIN:
-    from bmctl.engine.heartbeat import Heart
+    from bmctl.engine.processes.heartbeat import Heart
 
     beat, struck = Heart.beat, []
 
@@ -83,7 +83,7 @@ elif (HERE or KIND == "gate") and not AGAIN:
     Heart.beat = faulty_beat
 
 if SAMPLES and "bmctl" in " ".join(sys.orig_argv):
-    from bmctl.engine.data import Split
+    from bmctl.engine.loading.data import Split
 
     take = Split.pixel_batches
 

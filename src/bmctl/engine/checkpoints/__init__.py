@@ -1,0 +1,1 @@
+"""What a training keeps on the disk to go on from."""

@@ -1,0 +1,1 @@
+"""How a training step is computed: number formats, compilation, recomputation, kernels for CPUs."""

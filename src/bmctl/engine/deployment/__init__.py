@@ -1,0 +1,1 @@
+"""From a package to artifacts, their proof, and predictions by them."""

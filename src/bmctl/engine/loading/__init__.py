@@ -1,0 +1,1 @@
+"""Data on its way to the model: which samples, decoded, augmented, in batches."""

@@ -1,0 +1,1 @@
+"""Processes of a job: started, met, watched, ended and started again."""

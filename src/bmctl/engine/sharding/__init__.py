@@ -1,0 +1,1 @@
+"""One model in the hands of several processes."""

@@ -1,0 +1,147 @@
+"""The largest batch that fits, found by trial."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from bmctl.engine import memory
+from bmctl.engine.modules.buffers import copy_buffers, with_buffers
+from bmctl.engine.parallel import Group, Vote
+from bmctl.engine.randomness import random_state, set_random_state
+from bmctl.errors import ResourceError
+
+USABLE_RATIO = {"cpu": 0.8, "cuda": 0.9}
+"""Of the memory that is free; the rest is for what a trial does not do, as exchanging gradients and loading data."""
+_STATES = 2  # tensors of a weight's size that an optimizer keeps: Adam's
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """How much memory a batch took at its peak; None if there was not enough."""
+
+    batch: int
+    peak_bytes: int | None
+
+
+def find_batch_size(
+    trial: Callable[[int], None], *, model: nn.Module, group: Group, limit: int
+) -> tuple[int, list[str]]:
+    """The largest power of two that fits in one part of one process's share of a batch, the same for all ranks.
+
+    Sizes are doubled from 1 (from 2 with batch normalisation) until one fails, takes too much, or would be more than
+    the data has. A GPU says when it is full. On a CPU the kernel ends the process instead, so there the next size is
+    tried only if, by the growth so far, it would take no more than 80 % of what is free.
+
+    Weights, their gradients, buffers and all generators are as before; room for the optimizer's state is kept.
+
+    Args:
+        trial: Runs forward and backward of so many samples.
+        model: What it trains: the plain one, on its device.
+        group: Who must agree; processes of one machine try at the same time and share its memory.
+        limit: Largest size that makes sense, such as the samples of an epoch over all parts of a batch.
+
+    Returns:
+        The size, and a line for the log about every trial.
+
+    Raises:
+        ResourceError: Not even the smallest size fits.
+    """
+    device = group.device
+    has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    size = min(2 if has_batch_norm else 1, max(1, limit))
+    kept, gradients = random_state(device), [(each, each.grad) for each in model.parameters()]
+    room, base = _room(model, group), _taken(device)
+    tried: list[_Trial] = []
+    notes: list[str] = []
+    best = 0
+    try:
+        while True:
+            tried.append(_try(trial, size, model=model, device=device, base=base))
+            peak, predicted = tried[-1].peak_bytes, _predicted(tried, model)
+            fits = peak is not None and peak <= room
+            goes_on = fits and 2 * size <= limit and (device.type == "cuda" or predicted <= room)
+            failed, stops = Vote(group, [int(not fits), int(not goes_on)]).result()
+            best = best if failed else size
+            notes.append(_line(tried[-1], room, limit, predicted, failed=bool(failed), goes_on=not stops))
+            if stops:
+                break
+            size *= 2
+    finally:
+        set_random_state(kept, device)
+        for weight, gradient in gradients:
+            weight.grad = gradient
+    if not best:
+        raise ResourceError(
+            f"train.batch_size is auto, and not even {size} at a time fit: {notes[-1]}",
+            hint="--set train.activation_checkpointing=true, or take a smaller model or smaller images",
+        )
+    return best, notes
+
+
+def _try(trial: Callable[[int], None], size: int, *, model: nn.Module, device: torch.device, base: int) -> _Trial:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        memory.reset_peak()
+    has_room = True
+    try:
+        with with_buffers(copy_buffers(model)):
+            trial(size)
+    except torch.OutOfMemoryError:
+        has_room = False
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        has_room = False
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.empty_cache()
+    else:
+        peak = memory.peak_bytes()
+    return _Trial(size, max(0, peak - base) if has_room else None)
+
+
+def _room(model: nn.Module, group: Group) -> int:
+    """Bytes that one process's trials may take, with the optimizer's state set aside."""
+    if group.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(group.device)
+    else:
+        free = memory.free_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return int(free * USABLE_RATIO[group.device.type]) - _STATES * _trained_bytes(model)
+
+
+def _taken(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else memory.resident_bytes()
+
+
+def _predicted(tried: list[_Trial], model: nn.Module) -> int:
+    """Peak of twice the last size: as much more as the last size took above half of it, or above the gradients."""
+    last = tried[-1].peak_bytes or 0
+    if len(tried) == 1:
+        return last + max(0, last - _trained_bytes(model))
+    return last + max(0, 2 * (last - (tried[-2].peak_bytes or 0)))
+
+
+def _trained_bytes(model: nn.Module) -> int:
+    return sum(each.numel() * each.element_size() for each in model.parameters() if each.requires_grad)
+
+
+def _line(trial: _Trial, room: int, limit: int, predicted: int, *, failed: bool, goes_on: bool) -> str:
+    size, peak = trial.batch, trial.peak_bytes
+    start, at_hand = f"batch size, {size} at a time:", f"of {room / _MIB:.0f} MiB"
+    if peak is None:
+        return f"{start} does not fit in memory"
+    took = f"{start} takes {peak / _MIB:.0f} {at_hand}"
+    if failed:
+        return f"{took}, too much" if peak > room else f"{took}, but does not fit in another process"
+    if goes_on:
+        return took
+    if 2 * size > limit:
+        return f"{took}; twice as many are more than the data has"
+    return f"{took}; twice as many would take about {predicted / _MIB:.0f} MiB"

@@ -1,0 +1,185 @@
+"""Training: one loop, for a first training and for the recovery after a compression step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from bmctl.engine.computing.recompute import keep_activations
+from bmctl.engine.context import StageContext
+from bmctl.engine.loading.data import Split
+from bmctl.engine.sharding.communication import Clock
+from bmctl.engine.sharding.shared import Shared
+from bmctl.engine.training import loop, position
+from bmctl.engine.training.position import Position, Setting
+from bmctl.engine.training.prepare import Training, differences, digest, prepare, settings_of
+from bmctl.engine.training.validation import evaluate
+from bmctl.errors import DivergedError, RecipeError
+from bmctl.fit import Distill, Fit
+from bmctl.recipe import Recipe
+from bmctl.schema import Strict
+from bmctl.tasks import Evaluation
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a training came to.
+
+    Attributes:
+        model: With the selected weights, whole and in eval mode: the model that was given, or where its parameters
+            were sharded another one like it.
+        val: Of these weights; None on all ranks but the first.
+        steps: Optimizer steps done, over all attempts.
+        best_step: After which the best evaluation was.
+        precision: ``fp32``, ``tf32``, ``bf16`` or ``fp16``.
+        batch_size: Samples of a step, over all processes.
+        notes: What the user was told that bears on the weights.
+    """
+
+    model: nn.Module
+    val: Evaluation | None
+    steps: int
+    best_step: int
+    precision: str
+    batch_size: int
+    notes: tuple[str, ...]
+
+
+def fit(
+    model: nn.Module,
+    *,
+    fit: Fit,
+    train: Split,
+    val: Split,
+    task: ModuleType,
+    task_config: Strict,
+    context: StageContext,
+    stage: str,
+    seed: int,
+    teacher: nn.Module | None = None,
+    distill: Distill | None = None,
+    inputs_hash: str = "",
+    about: Mapping[str, Any] | None = None,
+) -> FitResult:
+    """Train `model`; go on with the model of the result.
+
+    Args:
+        model: From x [B, C, H, W] to the task's outputs, on any device.
+        fit: The recipe's `train` section, or a step's `recover.fit`.
+        train: What the steps are made of.
+        val: What weights are selected by.
+        task: Module of bmctl.tasks.
+        task_config: Its Config.
+        context: Run, processes, signals and events of the stage.
+        stage: Names checkpoints and events.
+        seed: Of the order of samples, augmentation and dropout.
+        teacher: Its outputs are a second target; it is put in eval mode.
+        distill: How the two targets are weighed; needed with a teacher.
+        inputs_hash: Of what the model was made from; a checkpoint of other inputs is not continued.
+        about: What a checkpoint says of the model, so that a package can be made of it.
+
+    Raises:
+        RecipeError: The processes cannot share a batch evenly.
+        DataError: Fewer samples than one batch, or the data is not that of the checkpoint.
+        PackageError: The checkpoint is of another recipe.
+        UsageError: There are checkpoints, and neither --resume nor --overwrite was given.
+        DivergedError: The loss is no longer finite.
+        PreemptedError: A signal came; a checkpoint was published.
+    """
+    asked = distill if teacher is not None else None
+    training = Training(
+        model, fit, train, val, task, task_config, context, stage, seed, teacher, asked, inputs_hash, about or {}
+    )
+
+    def say(text: str) -> None:
+        if context.group.leads:
+            context.emit({"event": "note", "stage": stage, "text": text})
+
+    with ExitStack() as undo:
+        found = position.find_start(context, stage=stage, fit=fit, model=model, note=say)
+        setting = prepare(training, found, undo)
+        precision = setting.precision
+        notes = (f"{precision.name}: {precision.reason}", *training.notes, *differences(model, context.group, fit))
+        for text in (*notes, *training.remarks):
+            say(text)
+        where = position.start(setting) if found is None else position.go_on(setting, found)
+        why = _run(setting, where)
+        context.beat(where.step, "finishing")
+        kept, evaluation = _select(setting, where)
+    ended = (why,) if why != "done" else ()
+    assert where.best_step is not None
+    return FitResult(
+        kept, evaluation, where.step, where.best_step, precision.name, setting.batch_size, (*notes, *ended)
+    )
+
+
+def _run(setting: Setting, where: Position) -> str:
+    log = setting.log
+    log.emit(
+        "start",
+        steps=setting.num_steps,
+        epochs=-(-setting.num_steps // setting.steps_per_epoch),
+        step=where.step,
+        precision=setting.precision.name,
+    )
+    log.open(step=where.step)
+    try:
+        why = loop.run(setting, where)
+    except Exception as error:
+        # Divergence is agreed upon: all ranks are here, and what is being saved is from before it.
+        if setting.context.group.world == 1 or isinstance(error, DivergedError):
+            setting.saver.finish()
+        raise
+    finally:
+        setting.saver.abandon()
+        log.close()
+    if why != "done":
+        log.note(why)
+    assert where.best_step is not None
+    log.done(where.step, best_step=where.best_step, val_metric=where.best_value, parts=setting.watch.overall())
+    return why
+
+
+def training_key(recipe: Recipe, *, data_fingerprint: str, start: str | None = None) -> str:
+    """SHA-256 of everything that a training depends on, with the hash of the package it starts from: its key."""
+    fit = recipe.train
+    if fit is None:
+        raise RecipeError(f"recipe {recipe.name!r} has no train section", hint="add one: train: {epochs: 10}")
+    return digest(settings_of(recipe, fit, "train", recipe.seed, None, start or "") | {"data": data_fingerprint})
+
+
+def _select(setting: Setting, where: Position) -> tuple[nn.Module, Evaluation | None]:
+    """A model with the weights that the recipe selects; what they are worth, on rank 0."""
+    model, fit = setting.model, setting.fit
+    is_last = fit.select == "last" or where.best_step == where.step
+    if not is_last:
+        model.load_state_dict(where.best)
+    elif setting.average is not None:
+        model.load_state_dict(setting.average.tensors())
+    whole = setting.shared.whole_model()
+    keep_activations(whole)
+    whole.to(memory_format=torch.contiguous_format).eval()
+    known = where.best_evaluation if where.best_step == where.step or not is_last else None
+    if setting.shared.strategy == "fsdp":
+        setting, known = _made_whole(setting, whole), None
+    if known is None:
+        known = evaluate(setting, step=where.step)
+    return whole, known if setting.context.group.leads else None
+
+
+def _made_whole(setting: Setting, whole: nn.Module) -> Setting:
+    """To evaluate in fp32: parts are gathered, and compute, in the format that they were trained in."""
+    group = setting.context.group
+    try:
+        whole.to(group.device)
+    except torch.OutOfMemoryError:
+        setting.log.note(f"no GPU holds the whole model: the last evaluation is in {setting.precision.name}")
+        return setting
+    shared = Shared(whole, forward=whole, group=group, strategy="ddp", reason="", clock=Clock(group.device))
+    return replace(setting, shared=shared, average=None)

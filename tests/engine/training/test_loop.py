@@ -1,0 +1,156 @@
+"""What a step and its borders do: parts of a batch, clipping, averages, budgets, steps that are left out."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from tests.engine.runs import Seen, fit, make_context, make_model, make_recipe, steps
+
+from bmctl.engine.checkpoints.checkpoint import open_checkpoint
+from bmctl.errors import DivergedError
+
+
+def trained(tmp_path: Path, *overrides: str, name: str = "run", seen: Seen | None = None, **given):
+    recipe = make_recipe(tmp_path, *overrides)
+    return fit(make_context(tmp_path / name, recipe, seen=seen), make_model(recipe), **given)
+
+
+def weights_of(result) -> dict[str, torch.Tensor]:
+    return result.model.state_dict()
+
+
+def far(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+# -- a step -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [2, 8])
+def test_parts_of_a_batch_add_up_to_it(tmp_path: Path, parts: int) -> None:
+    whole = trained(tmp_path, "train.max_steps=10", "train.optimizer=sgd")
+    cut = trained(tmp_path, "train.max_steps=10", "train.optimizer=sgd", f"train.accumulate={parts}", name="cut")
+    assert 0 < far(weights_of(whole), weights_of(cut)) < 1e-6
+    assert whole.val.extra["loss"] == pytest.approx(cut.val.extra["loss"], rel=1e-5)
+
+
+def test_gradients_are_clipped(tmp_path: Path) -> None:
+    optimizer = "train.optimizer={name: sgd, lr: 1, momentum: 0, weight_decay: 0}"
+    schedule = "train.schedule={name: constant, warmup: 0}"
+    recipe = make_recipe(
+        tmp_path, "train.max_steps=1", "train.clip_norm=0.01", "train.select=last", optimizer, schedule
+    )
+    model = make_model(recipe)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    after = weights_of(fit(make_context(tmp_path / "run", recipe), model))
+    moved = sum(float((after[name] - before[name]).square().sum()) for name in before) ** 0.5
+    assert moved == pytest.approx(0.01, rel=1e-4), "one step of rate 1 moves the weights by the gradient's norm"
+
+
+def test_an_average_is_what_is_judged_and_kept(tmp_path: Path) -> None:
+    plain = trained(tmp_path, "train.select=last")
+    seen = Seen()
+    averaged = trained(tmp_path, "train.select=last", "train.ema={decay: 0.99}", name="averaged", seen=seen)
+    assert far(weights_of(plain), weights_of(averaged)) > 1e-4
+    folder = tmp_path / "averaged" / "checkpoints" / "train" / "latest"
+    saved = open_checkpoint(folder)
+    assert all(torch.equal(saved.read("ema", name), tensor) for name, tensor in weights_of(averaged).items())
+    live = {name: saved.read("model", name) for name in saved.names("model")}
+    assert far(live, weights_of(plain)) == 0, "the average does not change the steps"
+    assert seen.of("evaluation")[-1]["val_metric"] == averaged.val.value
+
+
+# -- what ends a training ---------------------------------------------------------------------------
+
+
+def test_it_stops_when_nothing_gets_better(tmp_path: Path) -> None:
+    seen = Seen()
+    rate = "train.optimizer={name: sgd, lr: 1e-9, momentum: 0}"
+    result = trained(tmp_path, rate, "train.epochs=9", "train.early_stop={patience: 2}", seen=seen)
+    assert (result.steps, result.best_step) == (30, 10)
+    assert "2 evaluations without progress" in seen.notes
+    assert "2 evaluations without progress" in result.notes[-1]
+
+
+def test_progress_must_be_as_large_as_asked(tmp_path: Path) -> None:
+    patient = trained(tmp_path, "train.early_stop={patience: 1}")
+    strict = trained(tmp_path, "train.early_stop={patience: 1, min_delta: 0.9}", name="strict")
+    assert patient.steps == 30
+    assert strict.steps == 20
+
+
+def test_it_stops_when_the_time_is_up(tmp_path: Path, monkeypatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr("bmctl.engine.training.loop.time.perf_counter", lambda: float(next(clock)))
+    seen = Seen()
+    result = trained(tmp_path, "train.max_time_s=120", seen=seen)
+    assert 1 < result.steps < 30
+    assert "max_time_s" in result.notes[-1]
+    saved = open_checkpoint(tmp_path / "run" / "checkpoints" / "train" / "latest")
+    assert saved.state.step == result.steps
+    assert saved.state.elapsed_s >= 120
+
+
+def test_evaluations_may_come_every_so_many_steps(tmp_path: Path) -> None:
+    seen = Seen()
+    result = trained(tmp_path, "train.epochs=2", "train.eval_every_steps=6", seen=seen)
+    events = seen.of("evaluation")
+    assert [event["step"] for event in events] == [6, 12, 18, 20]
+    assert result.best_step == max(events, key=lambda event: event["val_metric"])["step"]
+    assert {"step-00000010", "step-00000020"} <= set(steps(tmp_path / "run")), "checkpoints come once an epoch"
+
+
+def test_evaluating_more_often_changes_nothing_else(tmp_path: Path) -> None:
+    seldom = trained(tmp_path, "train.select=last")
+    often = trained(tmp_path, "train.select=last", "train.eval_every_steps=3", name="often")
+    assert far(weights_of(seldom), weights_of(often)) == 0
+
+
+# -- what is not finite -----------------------------------------------------------------------------
+
+
+class Spoiled:
+    """A task whose loss is nan in some steps."""
+
+    def __init__(self, task, *, at: set[int]) -> None:
+        self._task, self._at, self._calls = task, at, 0
+
+    def __getattr__(self, name: str):
+        return getattr(self._task, name)
+
+    def loss(self, outputs, targets, *, config):
+        self._calls += 1
+        loss = self._task.loss(outputs, targets, config=config)
+        return loss * float("nan") if self._calls in self._at else loss
+
+
+def spoil(tmp_path: Path, at: set[int], *overrides: str, seen: Seen | None = None):
+    from bmctl.tasks import TASKS
+
+    task = Spoiled(TASKS["classify"], at=at)
+    return trained(tmp_path, "train.check_precision=false", *overrides, seen=seen, task=task)
+
+
+def test_a_step_may_be_left_out(tmp_path: Path) -> None:
+    seen = Seen()
+    result = spoil(tmp_path, {4, 5, 14}, "train.skip_non_finite=2", seen=seen)
+    assert result.steps == 30
+    assert all(bool(tensor.isfinite().all()) for tensor in weights_of(result).values())
+    assert [note.split(" was")[0] for note in seen.notes.splitlines() if "left out" in note] == [
+        "step 4", "step 5", "step 14",
+    ]  # fmt: skip
+    assert all(event["loss"] == event["loss"] for event in seen.of("evaluation")), "left-out steps are not in the means"
+
+
+def test_too_many_in_a_row_end_it(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match="at step 6 of 30"):
+        spoil(tmp_path, {4, 5, 6}, "train.skip_non_finite=2")
+
+
+def test_without_leave_the_first_ends_it(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match="at step 14 of 30"):
+        spoil(tmp_path, {14})
+    assert open_checkpoint(tmp_path / "run" / "checkpoints" / "train" / "latest").state.step == 10
