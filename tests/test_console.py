@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 from bmctl import console as module
-from bmctl import wording
 from bmctl.console import Console
 from bmctl.doctor import Check
 from bmctl.errors import DataError, Problem, RecipeError
-from bmctl.rows import Comparison, GateResult, Latency, Metric, Report, Row, with_gates
+from bmctl.report import wording
+from bmctl.report.rows import Comparison, GateResult, Latency, Metric, Report, Row, with_gates
 from bmctl.tasks import Evaluation
 
 ESCAPE = "\x1b"

@@ -23,12 +23,12 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table as Grid
 from rich.text import Text
 
-from bmctl import page, rows, wording
 from bmctl.errors import BmctlError, InterruptedRunError, RecipeError
+from bmctl.report import page, rows, wording
 
 if TYPE_CHECKING:
     from bmctl.doctor import Check
-    from bmctl.rows import Report
+    from bmctl.report.rows import Report
     from bmctl.tasks import Evaluation
 
 Part = str | tuple[str, str]

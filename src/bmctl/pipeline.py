@@ -8,14 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast
 
-from bmctl import gates, package, store
+from bmctl import package, store
 from bmctl import report as reports
 from bmctl.backends import BACKENDS
 from bmctl.errors import BmctlError, GateError, PackageError, RecipeError, UsageError
 from bmctl.launch import Job, launch
 from bmctl.methods import METHODS
 from bmctl.recipe import InferConfig, describe
-from bmctl.rows import ORIGINAL
+from bmctl.report import gates
+from bmctl.report.rows import ORIGINAL
 from bmctl.schema import resolve_env
 from bmctl.session import Options, Session, Target, clear, find_target, import_target, opened, stage
 

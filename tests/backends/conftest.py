@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bmctl.sections import BatchProfile
+from bmctl.recipe.sections import BatchProfile
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from tests.backends.conftest import SmallGraph, save_graph
 
 from bmctl.backends import BACKENDS, check_feed, copy_graph
 from bmctl.errors import DataError, DependencyError, PackageError, UnsupportedError
+from bmctl.recipe.sections import BatchProfile
 from bmctl.schema import TensorSpec
-from bmctl.sections import BatchProfile
 
 HERE = [name for name, module in BACKENDS.items() if not module.unavailable(module.Config())]
 BUILD_HERE = [*HERE, *(name for name in ("tensorrt_rtx",) if name not in HERE)]

@@ -12,7 +12,7 @@ from tests.backends.conftest import SmallGraph
 
 from bmctl.backends import onnxruntime as backend
 from bmctl.errors import DependencyError
-from bmctl.sections import BatchProfile
+from bmctl.recipe.sections import BatchProfile
 
 
 @pytest.mark.parametrize("level", ["none", "basic", "extended", "all"])

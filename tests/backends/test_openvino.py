@@ -13,7 +13,7 @@ import pytest
 from tests.backends.conftest import SmallGraph
 
 from bmctl.backends import openvino as backend
-from bmctl.sections import BatchProfile
+from bmctl.recipe.sections import BatchProfile
 
 WATCHED = """
 import json, os, sys

@@ -18,7 +18,7 @@ from tests.backends.conftest import SmallGraph
 from bmctl.backends import tensorrt, tensorrt_rtx, trt_engine
 from bmctl.backends.trt_engine import Device
 from bmctl.errors import DependencyError, PackageError, UnsupportedError
-from bmctl.sections import BatchProfile
+from bmctl.recipe.sections import BatchProfile
 
 trt = pytest.importorskip("tensorrt_rtx", reason="the extra tensorrt-rtx is not installed")
 ADA = Device(name="NVIDIA L4", capability="sm89")

@@ -20,7 +20,7 @@ from tests.backends.conftest import SmallGraph
 from bmctl.backends import tensorrt_rtx, trt_engine, trt_runner
 from bmctl.backends.trt_runner import EngineRunner
 from bmctl.errors import DataError, PackageError, ResourceError
-from bmctl.sections import BatchProfile
+from bmctl.recipe.sections import BatchProfile
 
 
 class Severity(enum.IntEnum):

@@ -22,8 +22,8 @@ import pytest
 from pydantic import Field
 from tests.bad_input import fixtures
 
+from bmctl.recipe.yamlio import read_yaml
 from bmctl.schema import Many, Strict
-from bmctl.yamlio import read_yaml
 
 CASES = Path(__file__).with_name("cases.yaml")
 SECTIONS = ("recipe", "data", "package", "environment")

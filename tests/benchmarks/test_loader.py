@@ -18,8 +18,8 @@ from torchvision.transforms import v2
 from bmctl.engine.evaluation.stats import ratio_interval
 from bmctl.engine.loading import data
 from bmctl.engine.loading.loader import open_loader
+from bmctl.recipe.sections import Recipe
 from bmctl.schema import Preprocess
-from bmctl.sections import Recipe
 
 pytestmark = pytest.mark.bench
 

@@ -15,7 +15,7 @@ from bmctl.engine.artifacts import onnxfile
 from bmctl.engine.artifacts.reference import open_graph, open_reference
 from bmctl.errors import RecipeError, UnsupportedError
 from bmctl.methods import cast
-from bmctl.sections import BatchProfile
+from bmctl.recipe.sections import BatchProfile
 
 HALF = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 ERROR = {"fp16": 2e-3, "bf16": 3e-2}

@@ -16,7 +16,7 @@ from bmctl.backends import BACKENDS
 from bmctl.engine.artifacts import onnxfile
 from bmctl.errors import DataError, RecipeError, UnsupportedError
 from bmctl.methods import ptq
-from bmctl.sections import BatchProfile
+from bmctl.recipe.sections import BatchProfile
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from bmctl.errors import DependencyError, PackageError, UnsupportedError
 
 if TYPE_CHECKING:
-    from bmctl.sections import BatchProfile
+    from bmctl.recipe.sections import BatchProfile
 
 MAX_MANIFEST_BYTES = 16 * 2**20
 

@@ -14,8 +14,8 @@ from bmctl.engine.loading import augment as module
 from bmctl.engine.loading import images
 from bmctl.engine.loading.augment import augment, crop_boxes
 from bmctl.engine.loading.chance import uniform
+from bmctl.recipe.sections import AugmentConfig, CropConfig
 from bmctl.schema import Preprocess
-from bmctl.sections import AugmentConfig, CropConfig
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(1, 256, (40, 9, 7, 3), np.uint8)

@@ -17,8 +17,8 @@ from tests.sources.conftest import write_lines, write_shards
 from bmctl.engine.loading import data
 from bmctl.engine.loading.leaks import check_leaks
 from bmctl.errors import DataError, RecipeError, ResourceError
+from bmctl.recipe.sections import Recipe
 from bmctl.schema import Preprocess
-from bmctl.sections import Recipe
 
 PLAIN = Preprocess(size=(28, 28), channels=1, mean=(0.0,), std=(1.0,))
 
@@ -224,7 +224,7 @@ def test_a_killed_loader_process_is_told() -> None:
 LEFT_OPEN = """
 import os, signal
 from bmctl.engine.loading import data
-from bmctl.sections import Recipe
+from bmctl.recipe.sections import Recipe
 recipe = Recipe.model_validate({"name": "x", "model": {"name": "bmctl:mlp"}, "data": {"source": {"kind": "digits"}}})
 split = data.open_split(recipe, name="train", preprocess=data.resolve_preprocess(recipe))
 batches = data.train_batches(split, seed=0, epoch=0, batch_size=32, num_workers=2)

@@ -21,7 +21,7 @@ from tests.sources.conftest import write_lines, write_shards
 from bmctl.engine.loading import data, loader
 from bmctl.engine.loading.loader import Loader, choose_workers, open_loader
 from bmctl.errors import DataError, ResourceError
-from bmctl.sections import Recipe
+from bmctl.recipe.sections import Recipe
 
 BATCH = 12
 EVERY = {"crop": {}, "flip": True, "shift": 1, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "erase": 0.3}
@@ -197,7 +197,7 @@ SMALL_SHM = """
 import sys
 from bmctl.engine.loading import data
 from bmctl.errors import ResourceError
-from bmctl.sections import Recipe
+from bmctl.recipe.sections import Recipe
 source = {"kind": "bundled"}
 recipe = Recipe.model_validate({"name": "x", "model": {"name": "bmctl:mlp"}, "data": {"source": source}})
 split = data.open_split(recipe, name="train", preprocess=data.resolve_preprocess(recipe))
@@ -223,7 +223,7 @@ KILLED = """
 import os, sys, time, multiprocessing
 from bmctl.engine.loading import data
 from bmctl.engine.loading.loader import open_loader
-from bmctl.sections import Recipe
+from bmctl.recipe.sections import Recipe
 recipe = Recipe.model_validate({"name": "x", "model": {"name": "bmctl:mlp"}, "data": {"source": {"kind": "digits"}}})
 split = data.open_split(recipe, name="train", preprocess=data.resolve_preprocess(recipe))
 with open_loader(split, seed=0, batch_size=32, num_workers=2) as loader:

@@ -12,7 +12,7 @@ from bmctl.engine.worker import check_worlds
 from bmctl.errors import RecipeError, ResourceError, WorkerError
 from bmctl.job import torchrun_nodes
 from bmctl.recipe import LaunchConfig, load_recipe
-from bmctl.sections import Nodes
+from bmctl.recipe.sections import Nodes
 
 
 def launch(rendezvous: str, timeout_s: float = 1.0) -> LaunchConfig:

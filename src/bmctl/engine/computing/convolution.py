@@ -68,7 +68,7 @@ MAX_COPIED = 2**26
 def choose(shape: Shape) -> Products:
     """Which parts a matrix product computes faster than oneDNN's convolution does.
 
-    A rule of shapes alone, so that a run is the same each time; tests/benchmarks/test_convolution.py measures what it
+    A rule of shapes alone, so that a run is the same each time; tests/benchmarks/test_kernels.py measures what it
     is derived from.
     """
     is_strided, width = shape.stride != (1, 1), shape.out_width

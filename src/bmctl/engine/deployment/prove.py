@@ -18,7 +18,7 @@ from bmctl.engine.evaluation.appraise import has_metric
 from bmctl.engine.evaluation.evaluate import evaluate_artifact
 from bmctl.engine.loading.data import array_batches, open_split
 from bmctl.package import ModelPackage
-from bmctl.rows import Measurements, Timing
+from bmctl.report.rows import Measurements, Timing
 
 
 def prove(context: StageContext, *, original: ModelPackage, deployed: Sequence[Deployed]) -> None:

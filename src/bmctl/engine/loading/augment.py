@@ -17,7 +17,7 @@ from PIL import Image
 
 from bmctl.engine.loading.chance import hash_integers, uniform
 from bmctl.engine.loading.images import Box
-from bmctl.sections import AugmentConfig, CropConfig
+from bmctl.recipe.sections import AugmentConfig, CropConfig
 
 _ATTEMPTS = 10
 _AUGMENT = 2

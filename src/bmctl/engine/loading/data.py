@@ -22,8 +22,8 @@ from bmctl.engine.loading.loader import Batch, open_loader
 from bmctl.engine.loading.order import Plan, balanced_order, sample_order, share_of, windowed_order
 from bmctl.errors import DataError, RecipeError
 from bmctl.models import InputDefaults, input_defaults
+from bmctl.recipe.sections import AugmentConfig, DataConfig, Recipe
 from bmctl.schema import Preprocess
-from bmctl.sections import AugmentConfig, DataConfig, Recipe
 from bmctl.sources import SOURCES, Pictures, Samples, Sharded, Stream
 from bmctl.sources.samples import ArraySamples
 

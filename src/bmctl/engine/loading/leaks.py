@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bmctl.engine.loading.data import open_samples
 from bmctl.errors import DataError
-from bmctl.sections import Recipe
+from bmctl.recipe.sections import Recipe
 from bmctl.sources import Samples, Sharded
 from bmctl.sources.samples import ArraySamples, FileSamples
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bmctl.fit import Fit, Optimizer
-from bmctl.sections import LaunchConfig
+from bmctl.recipe.sections import LaunchConfig
 
 Strategy = Literal["single", "ddp", "fsdp"]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from bmctl.fit import Fit
 from bmctl.methods.ptq import ENOUGH
+from bmctl.recipe.sections import GatesConfig, Recipe
 from bmctl.schema import Strict
-from bmctl.sections import GatesConfig, Recipe
 
 
 def describe(recipe: Recipe) -> list[tuple[str, str]]:

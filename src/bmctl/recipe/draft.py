@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bmctl.diagnosis import dotted, nearest_place
 from bmctl.errors import Problem, RecipeError
+from bmctl.recipe.diagnosis import dotted, nearest_place
+from bmctl.recipe.shape import SHORTHAND
+from bmctl.recipe.yamlio import MAX_DEPTH, KeyPath, parse_yaml
 from bmctl.schema import VARIABLE
-from bmctl.shape import SHORTHAND
-from bmctl.yamlio import MAX_DEPTH, KeyPath, parse_yaml
 
 
 @dataclass

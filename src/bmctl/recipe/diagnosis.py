@@ -10,10 +10,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from bmctl import shape
 from bmctl.errors import Problem
 from bmctl.models import MODELS, own
-from bmctl.yamlio import KeyPath, resolve_scalar
+from bmctl.recipe import shape
+from bmctl.recipe.yamlio import KeyPath, resolve_scalar
 
 EXPECTED = {
     "int_type": "a whole number",

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from bmctl import gates
 from bmctl.errors import GateError
-from bmctl.rows import Comparison, GateResult, Latency, Metric, Report, Row
-from bmctl.sections import GatesConfig
+from bmctl.recipe.sections import GatesConfig
+from bmctl.report import gates
+from bmctl.report.rows import Comparison, GateResult, Latency, Metric, Report, Row
 
 SHIPPED = Row(
     name="deploy/openvino",

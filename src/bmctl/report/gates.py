@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bmctl.errors import GateError
-from bmctl.page import drop_text, limit_text, ratio_text, size_text
-from bmctl.rows import Comparison, GateResult, Report, Row
+from bmctl.report.page import drop_text, limit_text, ratio_text, size_text
+from bmctl.report.rows import Comparison, GateResult, Report, Row
 
 if TYPE_CHECKING:
-    from bmctl.sections import GatesConfig
+    from bmctl.recipe.sections import GatesConfig
 
 NAMES = ("max_drop", "min_speedup", "max_size_bytes", "max_latency_ms")
 ROUNDING = 1e-9

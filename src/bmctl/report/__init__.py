@@ -16,8 +16,8 @@ from pydantic import ValidationError
 
 from bmctl import __version__, store
 from bmctl.errors import PackageError
-from bmctl.page import metric_of, to_markdown
-from bmctl.rows import (
+from bmctl.report.page import metric_of, to_markdown
+from bmctl.report.rows import (
     ORIGINAL,
     Comparison,
     GateResult,

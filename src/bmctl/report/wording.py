@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from bmctl.page import count_text, size_text
+from bmctl.report.page import count_text, size_text
 
 Event = Mapping[str, object]
 

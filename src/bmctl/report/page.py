@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bmctl.rows import Comparison, Metric, Report, Row
+from bmctl.report.rows import Comparison, Metric, Report, Row
 
 if TYPE_CHECKING:
     from bmctl.tasks import Evaluation

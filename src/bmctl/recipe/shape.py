@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
-from bmctl.sections import Recipe
-from bmctl.yamlio import KeyPath
+from bmctl.recipe.sections import Recipe
+from bmctl.recipe.yamlio import KeyPath
 
 Json = Mapping[str, Any]
 

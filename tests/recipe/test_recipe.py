@@ -23,8 +23,8 @@ from bmctl.recipe import (
     recipe_schema,
     recipe_yaml,
 )
+from bmctl.recipe.yamlio import parse_yaml
 from bmctl.schema import resolve_env
-from bmctl.yamlio import parse_yaml
 
 BASE = """\
 name: r

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bmctl import package, page, report, rows, store
+from bmctl import package, report, store
 from bmctl.engine.evaluation import scores
 from bmctl.engine.evaluation.stats import paired_interval, ratio_interval
 from bmctl.errors import PackageError
+from bmctl.report import page, rows
 from bmctl.tasks import Evaluation
 
 NUMBER = 400

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from bmctl.checks import check_sections
 from bmctl.recipe import load_recipe
-from bmctl.yamlio import parse_yaml
+from bmctl.recipe.checks import check_sections
+from bmctl.recipe.yamlio import parse_yaml
 
 FULL = """
 name: r

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from bmctl.checks import check_sections
-from bmctl.diagnosis import dotted, explain, nearest_place
-from bmctl.draft import Draft, apply_override, check_variables, expand, merge
 from bmctl.errors import Problem, RecipeError
-from bmctl.plan import describe
-from bmctl.sections import (
+from bmctl.recipe.checks import check_sections
+from bmctl.recipe.diagnosis import dotted, explain, nearest_place
+from bmctl.recipe.draft import Draft, apply_override, check_variables, expand, merge
+from bmctl.recipe.plan import describe
+from bmctl.recipe.sections import (
     BackendConfig,
     BatchProfile,
     CalibConfig,
@@ -31,8 +31,8 @@ from bmctl.sections import (
     Step,
     TaskConfig,
 )
-from bmctl.shape import DEFAULT_KIND, recipe_schema
-from bmctl.yamlio import read_yaml, yaml_text
+from bmctl.recipe.shape import DEFAULT_KIND, recipe_schema
+from bmctl.recipe.yamlio import read_yaml, yaml_text
 
 __all__ = [
     "BackendConfig", "BatchProfile", "CalibConfig", "DataConfig", "ExportConfig", "GatesConfig", "InferConfig",
@@ -115,7 +115,7 @@ def is_path(name: str) -> bool:
 
 def builtin_recipes() -> dict[str, Path]:
     """The recipes that come with bmctl, by name: in the wheel beside the package, in a checkout at its top."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     folder = here / "recipes" if (here / "recipes").is_dir() else here.parents[1] / "recipes"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 

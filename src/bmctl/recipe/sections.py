@@ -1,4 +1,4 @@
-"""The sections of a recipe, as frozen models. Reading and writing them is recipe.py's."""
+"""The sections of a recipe, as frozen models. Reading and writing them is the package's."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bmctl.errors import RecipeError, ResourceError
-from bmctl.yamlio import MAX_BYTES, MAX_DEPTH, parse_yaml, read_yaml, yaml_text
+from bmctl.recipe.yamlio import MAX_BYTES, MAX_DEPTH, parse_yaml, read_yaml, yaml_text
 
 
 def refusal(text: str) -> str:

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from bmctl.backends import BACKENDS
-from bmctl.diagnosis import did_you_mean, own_models, shown
 from bmctl.fit import Fit
 from bmctl.methods import METHODS
-from bmctl.sections import BatchProfile, ExportConfig, LaunchConfig, MeasureConfig
-from bmctl.yamlio import KeyPath
+from bmctl.recipe.diagnosis import did_you_mean, own_models, shown
+from bmctl.recipe.sections import BatchProfile, ExportConfig, LaunchConfig, MeasureConfig
+from bmctl.recipe.yamlio import KeyPath
 
 T = TypeVar("T")
 Found = Iterator[tuple[KeyPath, str, str]]
