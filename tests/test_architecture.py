@@ -251,6 +251,6 @@ def test_the_command_line_starts_light() -> None:
     assert not loaded_by("import bmctl.cli") & {"torch", "numpy", "onnx", "pydantic", "yaml", "rich"}
 
 
-@pytest.mark.parametrize("module", ["recipe", "package", "launch", "report", "gates", "store", "pipeline"])
+@pytest.mark.parametrize("module", ["recipe", "package", "launch", "report", "report.gates", "store", "pipeline"])
 def test_the_parent_process_stays_light(module: str) -> None:
     assert not loaded_by(f"import bmctl.{module}") & HEAVY

@@ -331,7 +331,7 @@ def test_tables_of_the_page_are_tables(whole: Run) -> None:
 
 def test_it_needs_no_torch(whole: Run) -> None:
     code = f"""
-import sys; from pathlib import Path; from bmctl import report, gates
+import sys; from pathlib import Path; from bmctl import report; from bmctl.report import gates
 report.to_markdown(report.collect(Path({str(whole.path)!r})))
 assert "torch" not in sys.modules, "torch"
 """

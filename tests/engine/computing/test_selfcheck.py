@@ -206,7 +206,7 @@ import torch.nn.functional as F
 from bmctl.engine.parallel import Group
 from bmctl.engine.computing.precision import Precision
 from bmctl.engine.computing.selfcheck import check
-from tests.engine.test_selfcheck import Offset, batches
+from tests.engine.computing.test_selfcheck import Offset, batches
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)

@@ -113,7 +113,7 @@ SHARDED = """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor, distribute_tensor
-    from tests.engine.test_optim import CONFIGS, Odd, train
+    from tests.engine.training.test_optim import CONFIGS, Odd, train
     from bmctl.engine.training.optim import build_optimizer
 
     torch.set_num_threads(1)

@@ -39,7 +39,7 @@ def test_nothing_is_printed(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(here)!r})\n"
         "from pathlib import Path\n"
-        "from tests.engine.test_tracing import make_context, train\n"
+        "from tests.engine.training.test_tracing import make_context, train\n"
         f"train(make_context(Path({str(tmp_path)!r})), steps=20, said=[])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
