@@ -84,6 +84,13 @@ def test_only_small_attention_matrices_are_kept(keys, kept) -> None:
     assert (torch.Size([2, 3, keys, keys]) in saved) == kept
 
 
+@pytest.mark.parametrize(("queries", "is_ours"), [(767, True), (768, False)])
+def test_many_queries_are_torchs(calls, queries, is_ours) -> None:
+    with tuned():
+        gradients(heads(1, queries, 8))
+    assert bool(calls) == is_ours
+
+
 def test_numbers_repeat_bit_for_bit() -> None:
     tensors = heads(4, 65, 65)
     with tuned():

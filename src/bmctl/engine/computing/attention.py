@@ -1,8 +1,9 @@
 """Attention of a training step on a CPU, with a backward pass of whole matrix products.
 
-torch's flash kernel computes the backward pass in tiles of fp32 that the matrix units see little of; the products of
-whole heads take half of its time or less. Attention matrices that are small are computed here and kept in bf16 from
-forward to backward. Of others the forward pass is torch's, and they are computed again, some samples at a time.
+torch's flash kernel computes the backward pass in tiles of fp32 that the matrix units see little of, and up to 767
+queries in small ones; there the products of whole heads take half of its time or less. Attention matrices that are
+small are computed here and kept in bf16 from forward to backward. Of others the forward pass is torch's, and they are
+computed again, some samples at a time.
 
 B: samples. H: heads. N, M: queries and keys. D: numbers of a head. With scores s = scale * q k^T, p = softmax(s) and
 outputs o = p v, the gradients are dv = p^T do, ds = p * (do v^T - sum(do * o)), dq = scale * ds k and
@@ -22,6 +23,11 @@ from torch.nn import functional as F
 MAX_SCORES = 2**22
 """Numbers of the attention matrices that are there at a time: 16 MiB in fp32."""
 
+MAX_QUERIES = 767
+"""From 768 on torch's tiles are as large as to cost no more than products.
+
+Source: q_split_size in aten/src/ATen/native/cpu/FlashAttentionKernel.cpp
+"""
 MOST_KEPT = 8
 """Keys per number of a head up to which attention matrices are kept: twice the memory of q, k, v and o."""
 
@@ -69,7 +75,12 @@ def _is_eligible(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
         return False
     if any(type(t) is not torch.Tensor or t.dim() != 4 or t.device.type != "cpu" or not t.numel() for t in tensors):
         return False
-    if query.shape[:2] != key.shape[:2] or key.shape != value.shape or query.shape[3] != key.shape[3]:
+    if (
+        query.shape[2] > MAX_QUERIES
+        or query.shape[:2] != key.shape[:2]
+        or key.shape != value.shape
+        or query.shape[3] != key.shape[3]
+    ):
         return False
     if torch.is_autocast_enabled("cpu"):
         return torch.get_autocast_dtype("cpu") == torch.bfloat16

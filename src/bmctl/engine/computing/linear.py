@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-MIN_OUTPUTS = 2**18
-"""Numbers below which there is nothing to gain."""
+MIN_OUTPUTS = 2**20
+"""Numbers below which it costs as much as it gains."""
 MIN_COPIED, MIN_RATIO = 768, 3
 """Columns of the side that is copied, and how many times wider the other one is."""
 
