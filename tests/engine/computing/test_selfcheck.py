@@ -112,6 +112,24 @@ def test_features_that_bf16_cannot_tell_apart() -> None:
     assert checked(Offset(1.0))[0] is BF16
 
 
+@pytest.mark.parametrize(("factor", "holds"), [(1.03, True), (1.08, False)])
+def test_a_loss_that_is_off_is_enough(factor: float, holds: bool) -> None:
+    """Gradients of another length have the same direction."""
+    torch.manual_seed(0)
+    found, note = check(
+        BF16,
+        model=mlp().train(),
+        loss=lambda outputs, y: (
+            F.cross_entropy(outputs.float(), y) * (factor if outputs.dtype == torch.bfloat16 else 1)
+        ),
+        batches=batches(),
+        device=CPU,
+        group=ALONE,
+    )
+    assert (found is BF16) == holds
+    assert note is not None and "the loss is off by" in note and ("training in fp32" in note) != holds
+
+
 def test_numbers_beyond_fp16() -> None:
     torch.manual_seed(0)
     found, note = checked(Scaled(1e6), FP16)

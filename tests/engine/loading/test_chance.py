@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bmctl.engine.loading.chance import carve, hash_integers, shuffled
+from bmctl.engine.loading.chance import carve, hash_integers, shuffled, uniform
 
 
 def test_splitmix64_gives_its_published_numbers() -> None:
@@ -23,6 +23,13 @@ def test_bits_are_even_and_keys_matter() -> None:
     for keys in ((2, 1), (1, 3), (1,), (1, 2, 0)):
         assert not np.any(hash_integers(values, keys=keys) == luck)
     assert sorted(shuffled(1000, keys=(5,))) == list(range(1000))
+
+
+def test_uniform_numbers_fill_their_range_evenly() -> None:
+    drawn = uniform(np.arange(20_000), keys=(7,))
+    assert drawn.dtype == np.float64
+    assert 0 <= drawn.min() < 1e-3 and 1 - 1e-3 < drawn.max() < 1
+    assert np.abs(np.histogram(drawn, bins=10, range=(0, 1))[0] - 2000).max() < 200
 
 
 def test_parts_are_disjoint_complete_and_stratified() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bmctl.engine.loading.order import Plan, balanced_order, sample_order, windowed_order
+from bmctl.engine.loading.order import Plan, balanced_order, sample_order, share_of, windowed_order
 
 
 def test_every_epoch_is_another_permutation() -> None:
@@ -29,6 +29,15 @@ def test_ranks_share_every_step(world: int) -> None:
     plans = [Plan(seed=0, epoch=0, batch_size=8, rank=rank, world=world, start_step=2) for rank in range(world)]
     together = np.concatenate([plan.steps(order) for plan in plans], axis=1)
     assert np.array_equal(together, order[16:48].reshape(4, 8))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "sizes"), [(0, [0, 0, 0]), (1, [1, 0, 0]), (2, [1, 1, 0]), (7, [3, 3, 1]), (9, [3, 3, 3])]
+)
+def test_ranks_share_what_is_evaluated(num_rows: int, sizes: list[int]) -> None:
+    shares = [np.arange(num_rows)[share_of(num_rows, rank=rank, world=3)] for rank in range(3)]
+    assert [len(share) for share in shares] == sizes
+    assert np.array_equal(np.concatenate(shares), np.arange(num_rows))
 
 
 # -- shards -----------------------------------------------------------------------------------------

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from bmctl.engine.processes import watchdog
 from bmctl.engine.processes.heartbeat import (
     PATIENCE,
+    Heart,
     Sign,
     Watch,
     dump_stacks,
@@ -24,6 +26,7 @@ from bmctl.engine.processes.heartbeat import (
     process_state,
     read_sign,
 )
+from bmctl.job import Logs
 
 FIRST = Sign(pid=1, step=7, beats=10, moved=3, alive=0, doing="training")
 COLLECTIVE = """
@@ -190,6 +193,16 @@ def test_a_process_beats_dumps_and_is_seen_to_be_stopped(tmp_path: Path) -> None
         child.kill()
         child.wait()
         child.stdout.close()
+
+
+def test_what_other_machines_wrote_is_seen_too(tmp_path: Path) -> None:
+    logs = Logs(tmp_path)
+    for rank in (0, 3):
+        Heart(logs.beat(rank)).beat(rank, "training")
+    (logs.folder / "rank-x.beat").write_bytes(logs.beat(0).read_bytes())
+    (logs.folder / "rank-4.beat").touch()
+    found = watchdog._others(logs, {0: read_sign(logs.beat(0))})
+    assert {rank: sign.step for rank, sign in found.items()} == {3: 3}
 
 
 def wait_until(condition) -> None:

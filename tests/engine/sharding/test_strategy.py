@@ -69,12 +69,19 @@ def test_the_choice_goes_by_memory() -> None:
     assert "too much as well" in choose(MODEL, **given, memory_bytes=50 * MIB)[1]
 
 
-def test_the_choice_of_the_recipe() -> None:
-    given = {"batch_size": 2, "memory_bytes": 1}
-    assert choose(MODEL, fit=Fit(), launch=LaunchConfig(strategy="fsdp"), world=1, **given)[0] == "single"
-    assert choose(MODEL, fit=Fit(), launch=LaunchConfig(strategy="ddp"), world=2, **given)[0] == "ddp"
-    assert choose(MODEL, fit=Fit(), launch=LaunchConfig(strategy="fsdp"), world=2, **given)[0] == "fsdp"
-    assert choose(MODEL, fit=Fit(), launch=LaunchConfig(cpu_offload=True), world=2, **given)[0] == "fsdp"
+@pytest.mark.parametrize(
+    ("launch", "world", "strategy", "reason"),
+    [
+        ({"strategy": "fsdp"}, 1, "single", "there is one process"),
+        ({"strategy": "ddp"}, 2, "ddp", "launch.strategy is ddp"),
+        ({"strategy": "fsdp"}, 2, "fsdp", "launch.strategy is fsdp"),
+        ({"cpu_offload": True}, 2, "fsdp", "launch.cpu_offload is for fsdp"),
+    ],
+)
+@pytest.mark.parametrize("memory_bytes", [1, 2**40])
+def test_the_choice_of_the_recipe(launch: dict, world: int, strategy: str, reason: str, memory_bytes: int) -> None:
+    given = {"fit": Fit(), "batch_size": 2, "memory_bytes": memory_bytes}
+    assert choose(MODEL, launch=LaunchConfig(**launch), world=world, **given) == (strategy, reason)
 
 
 def test_amounts() -> None:

@@ -46,6 +46,16 @@ def test_the_parts_of_a_step_are_told_and_drawn(tmp_path: Path) -> None:
     assert {one.step for one in drawn.values()} == {7}
 
 
+def test_steps_are_told_with_the_epoch_they_belong_to(tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    log = make_log(tmp_path, events)
+    for step in (1, 10, 11, 35):
+        log.step(step, loss=0.5, metric=0.8, lr=0.1)
+    assert [(event["epoch"], event["epochs"], event["steps"]) for event in events] == [
+        (epoch, 4, 35) for epoch in (1, 1, 2, 4)
+    ]
+
+
 @pytest.mark.parametrize("every", [None, 5])
 def test_evaluations_are_of_epochs_unless_they_come_every_so_many_steps(tmp_path: Path, every: int | None) -> None:
     events: list[dict[str, Any]] = []

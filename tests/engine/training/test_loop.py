@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 from tests.engine.runs import Seen, fit, make_context, make_model, make_recipe, steps
 
 from bmctl.engine.checkpoints.checkpoint import open_checkpoint
+from bmctl.engine.computing.precision import Precision
+from bmctl.engine.training import prepare
 from bmctl.errors import DivergedError
 
 
@@ -37,6 +41,22 @@ def test_parts_of_a_batch_add_up_to_it(tmp_path: Path, parts: int) -> None:
     assert whole.val.extra["loss"] == pytest.approx(cut.val.extra["loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("parts", [1, 4])
+def test_the_batch_size_is_found_by_trial_and_kept(tmp_path: Path, parts: int) -> None:
+    """So that an epoch of 320 samples has ten steps; what is tried is a part of a batch."""
+    seen, again = Seen(), Seen()
+    settings = ("train.batch_size=auto", f"train.accumulate={parts}", "train.select=last")
+    result = trained(tmp_path, *settings, "train.max_steps=12", seen=seen)
+    assert f"batch size, {32 // parts} at a time: takes" in seen.notes
+    assert open_checkpoint(tmp_path / "run" / "checkpoints" / "train" / "latest").state.batch_size == 32
+    given = trained(tmp_path, "train.batch_size=32", *settings[1:], "train.max_steps=12", name="given")
+    assert far(weights_of(result), weights_of(given)) == 0, "trying leaves no trace"
+    recipe = make_recipe(tmp_path, *settings, "train.max_steps=12")
+    resumed = fit(make_context(tmp_path / "run", recipe, seen=again, resume=True), make_model(recipe))
+    assert resumed.steps == 12
+    assert "at a time" not in again.notes, "a size that was found once is not tried again"
+
+
 def test_gradients_are_clipped(tmp_path: Path) -> None:
     optimizer = "train.optimizer={name: sgd, lr: 1, momentum: 0, weight_decay: 0}"
     schedule = "train.schedule={name: constant, warmup: 0}"
@@ -61,6 +81,41 @@ def test_an_average_is_what_is_judged_and_kept(tmp_path: Path) -> None:
     live = {name: saved.read("model", name) for name in saved.names("model")}
     assert far(live, weights_of(plain)) == 0, "the average does not change the steps"
     assert seen.of("evaluation")[-1]["val_metric"] == averaged.val.value
+
+
+def test_the_average_is_of_all_steps(tmp_path: Path) -> None:
+    settings = ("train.select=last", "train.schedule={name: constant, warmup: 0}")
+    recipe = make_recipe(tmp_path, *settings)
+    mean = {name: tensor.clone() for name, tensor in make_model(recipe).state_dict().items()}
+    for step in range(3):
+        live = weights_of(trained(tmp_path, *settings, f"train.max_steps={step + 1}", name=f"to-{step}"))
+        decay = (1 + step) / (10 + step)  # less than 0.99 as long as there are few
+        mean = {name: decay * mean[name] + (1 - decay) * live[name] for name in mean}
+    averaged = trained(tmp_path, *settings, "train.max_steps=3", "train.ema={decay: 0.99}", name="averaged")
+    assert far(weights_of(averaged), mean) < 1e-6 < 1e-4 < far(mean, live)
+
+
+def test_a_run_that_fell_back_to_fp32_stays_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first batches showed is not asked again of others, which might show something else."""
+    bf16, fp32 = Precision("bf16", "the CPU has some"), Precision("fp32", "bf16 does not hold here")
+    asked: list[str] = []
+
+    def choose(name: str, device: torch.device) -> Precision:
+        asked.append(name)
+        return replace(fp32, reason="") if name == "fp32" else bf16
+
+    monkeypatch.setattr(prepare, "choose_precision", choose)
+    monkeypatch.setattr(prepare.selfcheck, "check", lambda precision, **given: (fp32, "bf16 does not hold here"))
+    settings = ("train.precision=auto", "train.max_steps=15", "train.checkpoint_every_steps=5")
+    whole = trained(tmp_path, *settings, name="whole")
+    folder = tmp_path / "whole" / "checkpoints" / "train"
+    assert (asked, open_checkpoint(folder / "latest").state.precision) == (["auto"], "fp32")
+    for later in sorted(folder.glob("step-*"))[1:]:
+        shutil.rmtree(later)
+    recipe = make_recipe(tmp_path, *settings)
+    resumed = fit(make_context(tmp_path / "whole", recipe, resume=True), make_model(recipe))
+    assert asked == ["auto", "fp32"]
+    assert resumed.steps == 15 and far(weights_of(resumed), weights_of(whole)) == 0
 
 
 # -- what ends a training ---------------------------------------------------------------------------
