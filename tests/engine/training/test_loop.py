@@ -48,6 +48,7 @@ def test_the_batch_size_is_found_by_trial_and_kept(tmp_path: Path, parts: int) -
     settings = ("train.batch_size=auto", f"train.accumulate={parts}", "train.select=last")
     result = trained(tmp_path, *settings, "train.max_steps=12", seen=seen)
     assert f"batch size, {32 // parts} at a time: takes" in seen.notes
+    assert f"batch size, {64 // parts} at a time" not in seen.notes
     assert open_checkpoint(tmp_path / "run" / "checkpoints" / "train" / "latest").state.batch_size == 32
     given = trained(tmp_path, "train.batch_size=32", *settings[1:], "train.max_steps=12", name="given")
     assert far(weights_of(result), weights_of(given)) == 0, "trying leaves no trace"
