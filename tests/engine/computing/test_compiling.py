@@ -99,6 +99,25 @@ def test_a_failure_is_said_in_one_line_and_the_model_runs(backend) -> None:
     assert all(map(torch.equal, gradients(forward, model, x), gradients(model, model, x)))
 
 
+class Irreversible(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: torch.Tensor) -> torch.Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("no gradient for this")
+
+
+def test_a_failure_of_the_backward_pass_is_found_before_the_first_step(backend) -> None:
+    backend(lambda graph, inputs: lambda *given: tuple(map(Irreversible.apply, graph.forward(*given))))
+    model, notes = small(), []
+    x = torch.randn(4, 1, 8, 8)
+    forward = compiled(model, example=x, precision=FP32, note=notes.append)
+    assert notes == ["compile: the model runs as it is: NotImplementedError: no gradient for this"]
+    assert all(map(torch.equal, gradients(forward, model, x), gradients(model, model, x)))
+
+
 def test_a_later_failure_too(backend) -> None:
     works = [True]
     backend(lambda graph, inputs: plain(graph, inputs) if works[0] else broken(graph, inputs))

@@ -133,6 +133,9 @@ def test_crops_have_the_asked_area_and_ratio_and_lie_everywhere() -> None:
     assert 0.45 < ((left + right) / 800).mean() < 0.55
     assert 0.45 < ((top + bottom) / 600).mean() < 0.55
     assert np.unique(left).size > 100
+    left, top, right, bottom = boxes(300, 400, scale=(0.2, 0.4)).T
+    area = (right - left) * (bottom - top) / 120_000
+    assert (round(area.min(), 2), round(area.mean(), 2), round(area.max(), 2)) == (0.2, 0.3, 0.4)
 
 
 def test_where_no_crop_fits_it_is_the_largest_in_the_middle() -> None:

@@ -58,6 +58,13 @@ def test_the_batch_size_is_found_by_trial_and_kept(tmp_path: Path, parts: int) -
     assert "at a time" not in again.notes, "a size that was found once is not tried again"
 
 
+def test_every_part_of_a_step_is_timed(tmp_path: Path) -> None:
+    seen = Seen()
+    trained(tmp_path, "train.max_steps=5", seen=seen)
+    parts = seen.of("done")[-1]["parts"]
+    assert all(parts[part] > 0 for part in ("data", "forward", "backward", "optimizer")), parts
+
+
 def test_gradients_are_clipped(tmp_path: Path) -> None:
     optimizer = "train.optimizer={name: sgd, lr: 1, momentum: 0, weight_decay: 0}"
     schedule = "train.schedule={name: constant, warmup: 0}"
