@@ -10,7 +10,7 @@ import time
 import pytest
 
 from bmctl.engine.processes.signals import Stop, catch_signals
-from bmctl.errors import InterruptedRunError
+from bmctl.errors import InterruptedRunError, WorkerError
 
 
 def kill(signum: int) -> None:
@@ -48,6 +48,20 @@ def test_an_overdue_stop_ends_the_block() -> None:
         time.sleep(5)
         pytest.fail("went on")
     assert caught.value.exit_code == 143
+
+
+def test_another_thread_may_end_the_block_with_an_error_of_its_own() -> None:
+    """As the watchdog does where the group hangs."""
+    error = WorkerError("rank 1 hangs in step 7", hint="look at its stack")
+    with pytest.raises(WorkerError) as caught, catch_signals() as stop:
+        threading.Timer(0.05, stop.abort, [error]).start()
+        try:
+            time.sleep(5)
+        except Exception:  # noqa: BLE001  (what a library may do)
+            pytest.fail("swallowed")
+        pytest.fail("went on")
+    assert caught.value is error
+    stop.abort(error)  # afterwards it harms nobody
 
 
 def test_a_thread_gets_a_flag_without_handlers() -> None:
