@@ -88,6 +88,7 @@ def _try(trial: Callable[[int], None], size: int, *, model: nn.Module, device: t
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        memory.give_back()
         memory.reset_peak()
     has_room = True
     try:
@@ -117,7 +118,10 @@ def _room(model: nn.Module, group: Group) -> int:
 
 
 def _taken(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else memory.resident_bytes()
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    memory.give_back()
+    return memory.resident_bytes()
 
 
 def _predicted(tried: list[_Trial], model: nn.Module) -> int:
