@@ -142,6 +142,7 @@ def peak_memory_bytes(run: Callable[[], object], *, device: torch.device | str =
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    memory.give_back()
     memory.reset_peak()
     before = _peak_bytes()
     run()
