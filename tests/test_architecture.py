@@ -58,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.telemetry": set(),
     "engine.memory": set(),
     "engine.randomness": set(),
-    "engine.parallel": {"recipe"},
+    "engine.parallel": {"recipe", "engine.memory"},
     "engine.processes": {"recipe", "store", "disk", "job", "verdict"},
     "engine.context": {"recipe", "engine.parallel", "engine.processes"},
     "engine.modules": set(),

@@ -12,7 +12,8 @@ import torch
 from tests.benchmarks import handtuned
 
 from bmctl.engine.computing import attention, convolution, linear
-from bmctl.engine.computing.convolution import Products, Shape, choose, has_tiles
+from bmctl.engine.computing.convolution import Products, Shape, choose
+from bmctl.engine.computing.tiles import has_tiles
 
 NUM_ROUNDS = 9
 RESNET18 = [

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from bmctl.engine.context import StageContext
-from bmctl.engine.loading.data import open_split, resolve_preprocess
+from bmctl.engine.loading.data import open_split
+from bmctl.engine.loading.preprocess import resolve_preprocess
 from bmctl.engine.parallel import Group
 from bmctl.engine.processes.signals import Stop
 from bmctl.engine.training import train

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
@@ -31,9 +31,23 @@ def resident_bytes(*, proc: Path = PROC) -> int:
     return _fields(proc / "self" / "status").get("VmRSS", 0) * 1024
 
 
+def keep_freed() -> None:
+    """Let glibc keep what a step frees for the next one: giving every activation back costs a tenth of a CPU step.
+
+    Source: https://man7.org/linux/man-pages/man3/mallopt.3.html
+    """
+    mallopt = _of_glibc("mallopt")
+    if mallopt is not None:
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            mallopt(parameter, 2**30)
+
+
 def give_back() -> None:
-    """Return to the system what was freed: kept for later, it would count as taken. glibc alone knows how."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    """Return to the system what was freed and kept: it would count as taken.
+
+    Source: https://man7.org/linux/man-pages/man3/malloc_trim.3.html
+    """
+    trim = _of_glibc("malloc_trim")
     if trim is not None:
         trim(0)
 
@@ -49,6 +63,10 @@ def reset_peak(*, proc: Path = PROC) -> None:
 def peak_bytes(*, proc: Path = PROC) -> int:
     """Highest resident size since `reset_peak`; 0 where the system does not tell."""
     return _fields(proc / "self" / "status").get("VmHWM", 0) * 1024
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def _left_in_the_machine(proc: Path) -> int:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from bmctl.engine import memory
 from bmctl.errors import BmctlError, DependencyError, RecipeError, UsageError, WorkerError, error_from_dict
 from bmctl.recipe import LaunchConfig
 
@@ -57,7 +56,7 @@ def join(launch: LaunchConfig) -> Group:
     device = _choose_device(launch, local_rank=local_rank, local_world=local_world)
     threads = launch.threads or _from_env("OMP_NUM_THREADS", default=0) or max(1, num_cores() // local_world)
     torch.set_num_threads(threads)
-    _keep_freed_memory()
+    memory.keep_freed()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
@@ -83,17 +82,6 @@ def leave(group: Group) -> None:
     """Take the process group down, if `join` made one."""
     if group.world > 1 and dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next one: giving every activation back costs a tenth of a CPU step.
-
-    Source: https://man7.org/linux/man-pages/man3/mallopt.3.html
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            mallopt(parameter, 2**30)
 
 
 def num_cores() -> int:

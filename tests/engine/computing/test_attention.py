@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from tests.engine.computing.steps import TransformerStep, assert_close
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from bmctl.engine.computing import attention
 from bmctl.engine.computing.attention import tuned
@@ -99,23 +98,13 @@ def test_numbers_repeat_bit_for_bit() -> None:
 
 
 def test_a_transformer_layer_trains_as_ever(calls) -> None:
-    """Through autocast, torch's own layer, and activations computed again."""
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
-    x = torch.randn(3, 9, 32)
-
-    def step(*, again: bool) -> list[torch.Tensor]:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = checkpoint(layer, x, use_reentrant=False) if again else layer(x)
-        return list(torch.autograd.grad(y.float().square().sum(), list(layer.parameters())))
-
-    plain = step(again=False)
+    step = TransformerStep()
+    plain = step.gradients()
     with tuned():
-        mine, recomputed = step(again=False), step(again=True)
+        mine, recomputed = step.gradients(), step.gradients(again=True)
     assert len(calls) == 2
-    for one, other, third in zip(mine, plain, recomputed, strict=True):
-        torch.testing.assert_close(one, other, rtol=0.05, atol=0.02 * float(other.abs().max()))
-        assert torch.equal(one, third)
+    assert_close(mine, plain)
+    assert all(map(torch.equal, mine, recomputed))
 
 
 @pytest.mark.parametrize(

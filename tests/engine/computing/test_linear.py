@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from tests.engine.computing.steps import TransformerStep, assert_close
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from bmctl.engine.computing import linear
-from bmctl.engine.computing.convolution import has_tiles
 from bmctl.engine.computing.linear import tuned
 
 NATIVE = F.linear
-pytestmark = pytest.mark.skipif(not has_tiles(), reason="the CPU has no AMX tiles")
+pytestmark = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bf16 products on this CPU"
+)
 
 
 @pytest.fixture
@@ -78,23 +78,13 @@ def test_all_three_products_are_the_weights_gradient(inputs, outputs) -> None:
 
 
 def test_a_transformer_layer_trains_as_ever(calls) -> None:
-    """Through autocast, torch's own layer with its packed projection, and activations computed again."""
-    torch.manual_seed(0)
-    block = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
-    x = torch.randn(3, 9, 32)
-
-    def step(*, again: bool) -> list[torch.Tensor]:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = checkpoint(block, x, use_reentrant=False) if again else block(x)
-        return list(torch.autograd.grad(y.float().square().sum(), list(block.parameters())))
-
-    plain = step(again=False)
+    step = TransformerStep()
+    plain = step.gradients()
     with tuned():
-        mine, recomputed = step(again=False), step(again=True)
+        mine, recomputed = step.gradients(), step.gradients(again=True)
     assert len(calls) == 8
-    for one, other, third in zip(mine, plain, recomputed, strict=True):
-        torch.testing.assert_close(one, other, rtol=0.05, atol=0.02 * float(other.abs().max()))
-        assert torch.equal(one, third)
+    assert_close(mine, plain)
+    assert all(map(torch.equal, mine, recomputed))
 
 
 def test_gradients_of_gradients_reach_the_weight(calls) -> None:
@@ -111,8 +101,7 @@ def test_gradients_of_gradients_reach_the_weight(calls) -> None:
     with tuned():
         mine = penalty()
     assert calls
-    for one, other in zip(mine, plain, strict=True):
-        torch.testing.assert_close(one, other, rtol=0.05, atol=0.02 * float(other.abs().max()))
+    assert_close(mine, plain)
 
 
 def test_small_layers_layers_without_bias_inference_fp32_and_compiled_models_compute_as_ever(
@@ -132,9 +121,18 @@ def test_small_layers_layers_without_bias_inference_fp32_and_compiled_models_com
     assert not calls
 
 
-def test_wrong_shapes_raise_what_torch_raises() -> None:
-    with tuned(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        F.linear(torch.randn(600, 4, requires_grad=True), torch.randn(600, 5), torch.randn(600))
+@pytest.mark.parametrize(("x", "w", "b"), [((6, 4), (3, 5), (3,)), ((6, 4), (3, 4), (2,)), ((6, 4), (3, 4, 1), (3,))])
+def test_wrong_shapes_raise_what_torch_raises(calls, x, w, b) -> None:
+    tensors = [torch.randn(*size, requires_grad=True) for size in (x, w, b)]
+
+    def raised() -> str:
+        with pytest.raises(RuntimeError) as caught, torch.autocast("cpu", dtype=torch.bfloat16):
+            F.linear(*tensors)
+        return str(caught.value)
+
+    plain = raised()
+    with tuned():
+        assert raised() == plain
 
 
 def test_torchs_function_comes_back() -> None:

@@ -16,6 +16,7 @@ from tests.sources.conftest import write_lines, write_shards
 
 from bmctl.engine.loading import data
 from bmctl.engine.loading.leaks import check_leaks
+from bmctl.engine.loading.preprocess import resolve_preprocess
 from bmctl.errors import DataError, RecipeError, ResourceError
 from bmctl.recipe.sections import Recipe
 from bmctl.schema import Preprocess
@@ -35,7 +36,7 @@ def recipe(source: dict[str, Any] | None = None, *, model: dict[str, Any] | None
 
 
 def split(name: str = "train", *, augment: bool = False, **sections: Any) -> data.Split:
-    return data.open_split(recipe(**sections), name=name, preprocess=data.resolve_preprocess(recipe()), augment=augment)
+    return data.open_split(recipe(**sections), name=name, preprocess=resolve_preprocess(recipe()), augment=augment)
 
 
 @pytest.fixture
@@ -98,7 +99,7 @@ AUGMENT = {"augment": {"flip": True, "shift": 1}}
 
 
 def augmented() -> data.Split:
-    return data.open_split(recipe(**AUGMENT), name="train", preprocess=data.resolve_preprocess(recipe()), augment=True)
+    return data.open_split(recipe(**AUGMENT), name="train", preprocess=resolve_preprocess(recipe()), augment=True)
 
 
 def test_all_but_an_incomplete_batch_is_seen_once() -> None:
@@ -156,7 +157,7 @@ def test_evaluation_takes_all_in_order() -> None:
 
 def test_files_are_evaluated_in_order_too(folder: Path) -> None:
     source = {"kind": "folder", "root": str(folder), "val": 0.4}
-    preprocess = data.resolve_preprocess(recipe(source))
+    preprocess = resolve_preprocess(recipe(source))
     chosen = data.open_split(recipe(source), name="val", preprocess=preprocess)
     batches = list(data.array_batches(chosen, batch_size=3))
     assert len(batches) == 8
@@ -167,7 +168,7 @@ def test_files_are_evaluated_in_order_too(folder: Path) -> None:
 @pytest.mark.parametrize("world", [2, 3])
 def test_a_rank_reads_only_the_rows_that_it_evaluates(folder: Path, monkeypatch, world: int) -> None:
     source = {"kind": "folder", "root": str(folder), "val": 0.4}
-    preprocess = data.resolve_preprocess(recipe(source))
+    preprocess = resolve_preprocess(recipe(source))
     chosen = data.open_split(recipe(source), name="val", preprocess=preprocess)
     whole = list(data.array_batches(chosen, batch_size=11))
     read: list[int] = []
@@ -189,7 +190,7 @@ def test_a_rank_reads_only_the_rows_that_it_evaluates(folder: Path, monkeypatch,
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_bad_file_is_named_by_whichever_process_finds_it(folder: Path, num_workers: int) -> None:
     source = {"kind": "folder", "root": str(folder)}
-    preprocess = data.resolve_preprocess(recipe(source))
+    preprocess = resolve_preprocess(recipe(source))
     chosen = data.open_split(recipe(source), name="train", preprocess=preprocess)
     bad = chosen.samples.paths[0]
     bad.write_bytes(b"\x89PNG no more")
@@ -224,9 +225,10 @@ def test_a_killed_loader_process_is_told() -> None:
 LEFT_OPEN = """
 import os, signal
 from bmctl.engine.loading import data
+from bmctl.engine.loading.preprocess import resolve_preprocess
 from bmctl.recipe.sections import Recipe
 recipe = Recipe.model_validate({"name": "x", "model": {"name": "bmctl:mlp"}, "data": {"source": {"kind": "digits"}}})
-split = data.open_split(recipe, name="train", preprocess=data.resolve_preprocess(recipe))
+split = data.open_split(recipe, name="train", preprocess=resolve_preprocess(recipe))
 batches = data.train_batches(split, seed=0, epoch=0, batch_size=32, num_workers=2)
 next(batches)
 import multiprocessing
@@ -249,7 +251,7 @@ def test_loader_processes_ignore_signals_and_still_end_with_their_parent() -> No
 
 def test_only_training_is_augmented() -> None:
     with_it = recipe(**AUGMENT)
-    preprocess = data.resolve_preprocess(with_it)
+    preprocess = resolve_preprocess(with_it)
     val = data.open_split(with_it, name="val", preprocess=preprocess)
     assert np.array_equal(val.arrays([0])[0], split("val").arrays([0])[0])
     assert data.open_split(recipe(), name="train", preprocess=preprocess, augment=True).augment is None
@@ -260,7 +262,7 @@ def test_only_training_is_augmented() -> None:
 
 def test_the_data_decide_where_nobody_else_does() -> None:
     chosen = recipe({"kind": "bundled"})
-    found = data.resolve_preprocess(chosen)
+    found = resolve_preprocess(chosen)
     pixels = data.open_samples(chosen, split="train").images / 255
     assert found.size == (28, 28)
     assert found.channels == 1
@@ -271,47 +273,45 @@ def test_the_data_decide_where_nobody_else_does() -> None:
 
 def test_colour_files_have_a_mean_for_each_channel(folder: Path) -> None:
     source = {"kind": "folder", "root": str(folder)}
-    found = data.resolve_preprocess(recipe(source))
+    found = resolve_preprocess(recipe(source))
     samples = data.open_samples(recipe(source), split="train")
     pixels = np.stack(samples.read(range(len(samples.labels)))) / 255
     assert found.size == (8, 6)
     assert found.channels == 3
     assert found.mean == tuple(round(float(each), 4) for each in pixels.mean(axis=(0, 1, 2)))
     assert found.std == tuple(round(float(each), 4) for each in pixels.std(axis=(0, 1, 2)))
-    grey = data.resolve_preprocess(recipe(source, preprocess={"channels": 1}))
+    grey = resolve_preprocess(recipe(source, preprocess={"channels": 1}))
     assert len(grey.mean) == 1
 
 
 def test_the_publisher_is_over_the_data_and_the_recipe_over_both() -> None:
     published = {"name": "torchvision:resnet50", "pretrained": True}
-    found = data.resolve_preprocess(recipe(model=published))
+    found = resolve_preprocess(recipe(model=published))
     assert (found.size, found.channels, found.mean[0], found.crop) == ((224, 224), 3, 0.485, 224 / 232)
-    found = data.resolve_preprocess(
-        recipe(model=published, preprocess={"size": 96, "mean": [0.0, 0.0, 0.0], "crop": 1.0})
-    )
+    found = resolve_preprocess(recipe(model=published, preprocess={"size": 96, "mean": [0.0, 0.0, 0.0], "crop": 1.0}))
     assert (found.size, found.mean, found.std[0], found.crop) == ((96, 96), (0.0, 0.0, 0.0), 0.229, 1.0)
-    untrained = data.resolve_preprocess(recipe(model={"name": "torchvision:resnet18"}))
+    untrained = resolve_preprocess(recipe(model={"name": "torchvision:resnet18"}))
     assert (untrained.size, untrained.channels, len(set(untrained.mean))) == ((8, 8), 3, 1)
 
 
 def test_contradictions_are_refused(folder: Path) -> None:
     with pytest.raises(RecipeError, match="1, but the model takes 3"):
-        data.resolve_preprocess(recipe(model={"name": "torchvision:resnet18"}, preprocess={"channels": 1}))
+        resolve_preprocess(recipe(model={"name": "torchvision:resnet18"}, preprocess={"channels": 1}))
     with pytest.raises(RecipeError, match=r"data\.preprocess\.mean: 3 values for 1 channels"):
-        data.resolve_preprocess(recipe(preprocess={"mean": [0.5, 0.5, 0.5]}))
+        resolve_preprocess(recipe(preprocess={"mean": [0.5, 0.5, 0.5]}))
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(folder / "a" / "00.png")
     source = {"kind": "folder", "root": str(folder), "val": 0.01, "test": 0.01}
     with pytest.raises(DataError, match="size is not given, and the images differ in size") as caught:
-        data.resolve_preprocess(recipe(source))
+        resolve_preprocess(recipe(source))
     assert caught.value.hint == "--set data.preprocess.size=224"
-    assert data.resolve_preprocess(recipe(source, preprocess={"size": [10, 12]})).size == (10, 12)
+    assert resolve_preprocess(recipe(source, preprocess={"size": [10, 12]})).size == (10, 12)
 
 
 def test_images_of_one_colour_are_refused(folder: Path) -> None:
     for path in folder.rglob("*.png"):
         Image.new("L", (4, 4), 7).save(path)
     with pytest.raises(DataError, match="all of one colour"):
-        data.resolve_preprocess(recipe({"kind": "folder", "root": str(folder)}))
+        resolve_preprocess(recipe({"kind": "folder", "root": str(folder)}))
 
 
 # -- leaks ------------------------------------------------------------------------------------------
@@ -399,7 +399,7 @@ def test_a_stream_is_evaluated_in_one_pass(tmp_path: Path, monkeypatch: pytest.M
 
     write_lines(tmp_path / "a.jsonl.gz", count=60)
     source = {"kind": "stream", "path": str(tmp_path / "a.jsonl.gz"), "val": 0.4}
-    preprocess = data.resolve_preprocess(recipe(source))
+    preprocess = resolve_preprocess(recipe(source))
     chosen = data.open_split(recipe(source, val={"limit": 20}), name="val", preprocess=preprocess)
     assert np.array_equal(chosen.indices, np.sort(chosen.indices))
     assert set(np.bincount(chosen.labels)) == {6, 7}

@@ -20,6 +20,7 @@ from tests.sources.conftest import write_lines, write_shards
 
 from bmctl.engine.loading import data, loader
 from bmctl.engine.loading.loader import Loader, choose_workers, open_loader
+from bmctl.engine.loading.preprocess import resolve_preprocess
 from bmctl.errors import DataError, ResourceError
 from bmctl.recipe.sections import Recipe
 
@@ -31,7 +32,7 @@ def open_train(source: dict[str, Any], **sections: Any) -> data.Split:
     recipe = Recipe.model_validate(
         {"name": "test", "model": {"name": "bmctl:mlp"}, "data": {"source": source, **sections}}
     )
-    return data.open_split(recipe, name="train", preprocess=data.resolve_preprocess(recipe), augment=True)
+    return data.open_split(recipe, name="train", preprocess=resolve_preprocess(recipe), augment=True)
 
 
 def sources(folder: Path) -> dict[str, dict[str, Any]]:
@@ -196,11 +197,12 @@ def test_no_room_for_shared_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> N
 SMALL_SHM = """
 import sys
 from bmctl.engine.loading import data
+from bmctl.engine.loading.preprocess import resolve_preprocess
 from bmctl.errors import ResourceError
 from bmctl.recipe.sections import Recipe
 source = {"kind": "bundled"}
 recipe = Recipe.model_validate({"name": "x", "model": {"name": "bmctl:mlp"}, "data": {"source": source}})
-split = data.open_split(recipe, name="train", preprocess=data.resolve_preprocess(recipe))
+split = data.open_split(recipe, name="train", preprocess=resolve_preprocess(recipe))
 try:
     list(data.train_batches(split, seed=0, epoch=0, batch_size=4096, num_workers=2))
 except ResourceError as error:
@@ -222,10 +224,11 @@ def test_a_dev_shm_that_is_really_too_small(tmp_path: Path) -> None:
 KILLED = """
 import os, sys, time, multiprocessing
 from bmctl.engine.loading import data
+from bmctl.engine.loading.preprocess import resolve_preprocess
 from bmctl.engine.loading.loader import open_loader
 from bmctl.recipe.sections import Recipe
 recipe = Recipe.model_validate({"name": "x", "model": {"name": "bmctl:mlp"}, "data": {"source": {"kind": "digits"}}})
-split = data.open_split(recipe, name="train", preprocess=data.resolve_preprocess(recipe))
+split = data.open_split(recipe, name="train", preprocess=resolve_preprocess(recipe))
 with open_loader(split, seed=0, batch_size=32, num_workers=2) as loader:
     next(loader.batches(epoch=0))
     print(*[child.pid for child in multiprocessing.active_children()], flush=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from bmctl.engine import memory, parallel
+from bmctl.engine import memory
 from bmctl.engine.modules.networks import MLP, ResCNN
 from bmctl.engine.parallel import Group
 from bmctl.engine.training import batchsize
@@ -170,7 +170,7 @@ def test_a_real_trial_changes_nothing() -> None:
 
 def test_a_real_peak_is_seen() -> None:
     """Where freed memory is kept too, as in a training: what lies between the trials must not count."""
-    parallel._keep_freed_memory()
+    memory.keep_freed()
     pins: list[torch.Tensor] = []
     model = MLP(num_inputs=4, num_classes=2)
     taken: list[torch.Tensor] = []

@@ -126,6 +126,36 @@ def test_a_run_that_fell_back_to_fp32_stays_there(tmp_path: Path, monkeypatch: p
     assert resumed.steps == 15 and far(weights_of(resumed), weights_of(whole)) == 0
 
 
+@pytest.mark.parametrize(
+    ("precision", "tiles", "compiles", "faster"),
+    [
+        ("bf16", True, False, True),
+        ("bf16", False, False, False),
+        ("bf16", True, True, False),
+        ("fp32", True, False, False),
+    ],
+)
+def test_the_faster_kernels_compute_bf16_on_tiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, tiles: bool, compiles: bool, faster: bool
+) -> None:
+    monkeypatch.setattr(prepare, "has_tiles", lambda: tiles)
+    monkeypatch.setattr(prepare, "choose_precision", lambda name, device: Precision(precision, ""))
+    monkeypatch.setattr(prepare, "compiled", lambda forward, **given: forward)
+    recipe = make_recipe(tmp_path, "train.max_steps=1", f"train.compile={compiles}", "train.batch_size=auto")
+    model, seen = make_model(recipe), set[tuple[bool, ...]]()
+    F, Conv2d = torch.nn.functional, torch.nn.Conv2d
+    natives = F.linear, F.scaled_dot_product_attention, Conv2d._conv_forward
+
+    def look() -> tuple[bool, ...]:
+        now = F.linear, F.scaled_dot_product_attention, Conv2d._conv_forward
+        return tuple(one is not other for one, other in zip(now, natives, strict=True))
+
+    model.register_forward_hook(lambda module, *_: seen.add(look()) if module.training else None)
+    fit(make_context(tmp_path / "run", recipe), model)
+    assert seen == {(faster,) * 3}, "while the batch size is tried, the numbers are compared, and in every step"
+    assert look() == (False, False, False)
+
+
 # -- what ends a training ---------------------------------------------------------------------------
 
 

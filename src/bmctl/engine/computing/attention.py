@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from bmctl.engine.computing.tiles import trains_in_bf16
+
 MAX_SCORES = 2**22
 """Numbers of the attention matrices that are there at a time: 16 MiB in fp32."""
 
@@ -68,23 +70,12 @@ def _attention(
 
 
 def _is_eligible(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled():
-        return False
     tensors = (query, key, value)
-    if not any(tensor.requires_grad for tensor in tensors) or not torch.backends.cuda.flash_sdp_enabled():
+    if not trains_in_bf16(*tensors) or not torch.backends.cuda.flash_sdp_enabled():
         return False
-    if any(type(t) is not torch.Tensor or t.dim() != 4 or t.device.type != "cpu" or not t.numel() for t in tensors):
+    if any(tensor.dim() != 4 or not tensor.numel() for tensor in tensors) or query.shape[2] > MAX_QUERIES:
         return False
-    if (
-        query.shape[2] > MAX_QUERIES
-        or query.shape[:2] != key.shape[:2]
-        or key.shape != value.shape
-        or query.shape[3] != key.shape[3]
-    ):
-        return False
-    if torch.is_autocast_enabled("cpu"):
-        return torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return all(tensor.dtype == torch.bfloat16 for tensor in tensors)
+    return query.shape[:2] == key.shape[:2] and key.shape == value.shape and query.shape[3] == key.shape[3]
 
 
 class _Attention(torch.autograd.Function):

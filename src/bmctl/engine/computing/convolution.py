@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from bmctl.engine.computing.tiles import trains_in_bf16
 
 Pair = tuple[int, int]
 
@@ -93,70 +94,52 @@ def choose(shape: Shape) -> Products:
     return Products(width <= 8 and reach == 16, width <= 8 and is_big, width <= reach)
 
 
-# -- a model -----------------------------------------------------------------------------------------
+# -- a layer -----------------------------------------------------------------------------------------
+
+_native = nn.Conv2d._conv_forward
 
 
 @contextmanager
-def tuned(model: nn.Module) -> Iterator[int]:
-    """Compute the convolutions of `model` the faster way while it trains in bf16 on a CPU with AMX.
+def tuned() -> Iterator[None]:
+    """Compute convolutions in bf16 on the CPU the faster way, wherever a model has one of torch's layers.
 
-    It holds for forward passes with gradients, in channels_last, and leaves no trace when it ends; activations that
-    are computed again in the backward pass need it there too. All else computes as ever: layers with groups, with a
-    padding by name or mode, of a class that convolves in its own way, and whatever torch.compile takes over.
-
-    Yields:
-        Layers that may be computed so; each shape is judged when it comes.
+    It holds for forward passes with gradients, in channels_last; activations that are computed again in the backward
+    pass need it there too. All else computes as ever: layers with groups, with a padding by name or mode, of a class
+    that convolves in its own way, and whatever torch.compile takes over.
     """
-    layers = [layer for layer in model.modules() if _is_eligible(layer)] if has_tiles() else []
-    for layer in layers:
-        layer.__dict__["_conv_forward"] = MethodType(_conv_forward, layer)
+    assert nn.Conv2d._conv_forward is _native, "already tuned"
+    nn.Conv2d._conv_forward = _conv_forward  # type: ignore[method-assign, assignment]
     try:
-        yield len(layers)
+        yield
     finally:
-        for layer in layers:
-            del layer.__dict__["_conv_forward"]
-
-
-def has_tiles() -> bool:
-    """Whether this CPU multiplies bf16 matrices in AMX tiles."""
-    return torch.cpu.get_capabilities().get("amx_bf16") is True
-
-
-def _is_eligible(layer: nn.Module) -> bool:
-    return (
-        isinstance(layer, nn.Conv2d)
-        and type(layer)._conv_forward is nn.Conv2d._conv_forward
-        and "_conv_forward" not in layer.__dict__
-        and layer.groups == 1
-        and layer.padding_mode == "zeros"
-        and not isinstance(layer.padding, str)
-    )
+        nn.Conv2d._conv_forward = _native  # type: ignore[method-assign]
 
 
 def _conv_forward(layer: nn.Conv2d, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """In place of nn.Conv2d._conv_forward."""
     products = _products(layer, x, weight)
     if not any(products):
-        return nn.Conv2d._conv_forward(layer, x, weight, bias)
+        return _native(layer, x, weight, bias)
     y: torch.Tensor = _Convolution.apply(x.to(torch.bfloat16), weight, bias, _shape(layer, x), products)
     return y
 
 
+def _is_eligible(layer: nn.Conv2d) -> bool:
+    return (
+        type(layer)._conv_forward is _conv_forward
+        and layer.groups == 1
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
+    )
+
+
 def _products(layer: nn.Conv2d, x: torch.Tensor, weight: torch.Tensor) -> Products:
     """By the rule, where the rule holds."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if not _is_eligible(layer) or not trains_in_bf16(x, weight) or x.dim() != 4:
         return _NONE
-    if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
+    if weight.shape != (layer.out_channels, x.shape[1], *layer.kernel_size):
         return _NONE
-    if x.dim() != 4 or x.device.type != "cpu" or weight.shape != (layer.out_channels, x.shape[1], *layer.kernel_size):
-        return _NONE
-    if type(x) is not torch.Tensor or type(weight) not in (torch.Tensor, nn.Parameter):
-        return _NONE
-    if torch.is_autocast_enabled("cpu"):
-        is_half = torch.get_autocast_dtype("cpu") == torch.bfloat16
-    else:
-        is_half = x.dtype == weight.dtype == torch.bfloat16
-    if not is_half or not x.is_contiguous(memory_format=torch.channels_last):
+    if not x.is_contiguous(memory_format=torch.channels_last):
         return _NONE
     shape = _shape(layer, x)
     is_empty = min(shape.batch, shape.channels, shape.out_height, shape.out_width) <= 0

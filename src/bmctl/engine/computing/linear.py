@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from bmctl.engine.computing.tiles import trains_in_bf16
+
 MIN_OUTPUTS = 2**20
 """Numbers below which it costs as much as it gains."""
 MIN_COPIED, MIN_RATIO = 768, 3
@@ -47,19 +49,11 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 def _is_eligible(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled():
+    if not trains_in_bf16(x, weight, bias) or x.dim() < 2 or weight.dim() != 2 or not x.numel():
         return False
-    if x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or bias.shape != weight.shape[:1]:
+    if x.shape[-1] != weight.shape[1] or bias.shape != weight.shape[:1]:
         return False
-    if not x.numel() or x.numel() // x.shape[-1] * weight.shape[0] < MIN_OUTPUTS:
-        return False
-    if type(x) is not torch.Tensor or any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in (weight, bias)):
-        return False
-    if any(t.device.type != "cpu" for t in (x, weight, bias)) or not any(t.requires_grad for t in (x, weight, bias)):
-        return False
-    if torch.is_autocast_enabled("cpu"):
-        return torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return x.dtype == weight.dtype == bias.dtype == torch.bfloat16
+    return x.numel() // x.shape[-1] * weight.shape[0] >= MIN_OUTPUTS
 
 
 class _Linear(torch.autograd.Function):

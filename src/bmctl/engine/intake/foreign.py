@@ -87,7 +87,7 @@ def _preprocess(
     data = context.recipe.data
     if data is None:
         return None
-    from bmctl.engine.loading.data import resolve_preprocess
+    from bmctl.engine.loading.preprocess import resolve_preprocess
 
     shape = inputs[0].shape if len(inputs) == 1 else ()
     if len(shape) != 4 or inputs[0].dtype != "float32" or shape[1] not in (None, 1, 3) or not _last(outputs):

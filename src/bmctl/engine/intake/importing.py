@@ -239,7 +239,7 @@ def resolve_input(context: StageContext, config: ModelConfig, *, known: InputDef
         UsageError: There are no data, and the publisher says too little.
     """
     if context.recipe.data is not None:
-        from bmctl.engine.loading.data import resolve_preprocess
+        from bmctl.engine.loading.preprocess import resolve_preprocess
 
         asked = config.model_copy(update={"pretrained": known.num_classes is not None})
         return resolve_preprocess(context.recipe.model_copy(update={"model": asked}))

@@ -21,18 +21,14 @@ from bmctl.engine.loading.augment import augment, crop_boxes
 from bmctl.engine.loading.loader import Batch, open_loader
 from bmctl.engine.loading.order import Plan, balanced_order, sample_order, share_of, windowed_order
 from bmctl.errors import DataError, RecipeError
-from bmctl.models import InputDefaults, input_defaults
 from bmctl.recipe.sections import AugmentConfig, DataConfig, Recipe
 from bmctl.schema import Preprocess
 from bmctl.sources import SOURCES, Pictures, Samples, Sharded, Stream
 from bmctl.sources.samples import ArraySamples
 
-PROBE = 1000
-"""Files that are decoded for size, channels, mean and std where the recipe leaves them to the data."""
 DECODERS = min(4, os.cpu_count() or 1)
 MOST_OF_STREAM = 4096
 """Calibration samples of a stream, which is read in order, so that its beginning need not hold all classes."""
-_CHUNK = 2048
 
 
 @dataclass(frozen=True)
@@ -133,8 +129,8 @@ def open_split(recipe: Recipe, *, name: str, preprocess: Preprocess, augment: bo
     Raises:
         DataError: Missing, empty, corrupt or inconsistent data.
     """
-    data = _data(recipe)
-    samples, indices = _choose(recipe, name=name)
+    data = data_section(recipe)
+    samples, indices = choose_samples(recipe, name=name)
     chosen = indices.astype("<i8").tobytes()
     return Split(
         samples=samples,
@@ -152,7 +148,7 @@ def open_samples(recipe: Recipe, *, split: str) -> Samples:
     Raises:
         DataError: Missing, empty, corrupt or inconsistent data.
     """
-    source: Any = _data(recipe).source
+    source: Any = data_section(recipe).source
     samples: Samples = SOURCES[source.kind].open(source, split=split)
     if len(samples.labels) == 0:
         raise DataError(f"data.source: the {split} split is empty")
@@ -163,7 +159,7 @@ def data_fingerprint(recipe: Recipe) -> str:
     """SHA-256 over what training, selection and calibration look at; the test split is not opened for it."""
     digest = hashlib.sha256()
     for name in ("train", "val"):
-        samples, indices = _choose(recipe, name=name)
+        samples, indices = choose_samples(recipe, name=name)
         digest.update(samples.fingerprint.encode() + indices.astype("<i8").tobytes())
     return digest.hexdigest()
 
@@ -259,45 +255,12 @@ def _decoded_ahead(split: Split, steps: Sequence[np.ndarray]) -> Iterator[tuple[
                 each.cancel()
 
 
-def resolve_preprocess(recipe: Recipe) -> Preprocess:
-    """What the recipe says, over what the model's publisher says, over what the training data says.
-
-    Mean and std are taken from the training split alone, rounded to 4 digits.
+def data_section(recipe: Recipe) -> DataConfig:
+    """A recipe's `data`.
 
     Raises:
-        DataError: The images differ in size and no size is given, or are all of one colour.
-        RecipeError: Channels that the model does not take, or not one mean and std per channel.
+        RecipeError: It has none.
     """
-    asked = _data(recipe).preprocess
-    known = input_defaults(recipe.model) if recipe.model else InputDefaults()
-    if asked.channels is not None and known.channels not in (None, asked.channels):
-        raise RecipeError(
-            f"data.preprocess.channels: {asked.channels}, but the model takes {known.channels}",
-            hint=f"--set data.preprocess.channels={known.channels}",
-        )
-    size = (asked.size, asked.size) if isinstance(asked.size, int) else asked.size or known.size
-    channels = asked.channels or known.channels
-    mean, std = asked.mean or known.mean, asked.std or known.std
-    if size is None or channels is None or mean is None or std is None:
-        probe = _probe(recipe)
-        size = size or _common_size(probe)
-        channels = channels or (3 if any(image.ndim == 3 for image in probe) else 1)
-        measured_mean, measured_std = _moments(probe, channels=channels)
-        mean, std = mean or measured_mean, std or measured_std
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) != channels:
-            raise RecipeError(f"data.preprocess.{name}: {len(values)} values for {channels} channels")
-    return Preprocess(
-        size=size,
-        channels=channels,
-        mean=mean,
-        std=std,
-        interpolation=asked.interpolation or known.interpolation or "bilinear",
-        crop=asked.crop if asked.crop is not None else known.crop,
-    )
-
-
-def _data(recipe: Recipe) -> DataConfig:
     if recipe.data is None:
         raise RecipeError(
             "the recipe has no data section", hint="add `data: {source: {kind: bundled}}`, or your own images"
@@ -305,9 +268,9 @@ def _data(recipe: Recipe) -> DataConfig:
     return recipe.data
 
 
-def _choose(recipe: Recipe, *, name: str) -> tuple[Samples, np.ndarray]:
+def choose_samples(recipe: Recipe, *, name: str) -> tuple[Samples, np.ndarray]:
     """Samples of a split and the int64 indices of those that the recipe's limits leave."""
-    data = _data(recipe)
+    data = data_section(recipe)
     split = data.calib.split if name == "calib" else name
     samples = open_samples(recipe, split=split)
     limit = {"train": data.train, "val": data.val, "test": data.test}[split].limit
@@ -317,45 +280,3 @@ def _choose(recipe: Recipe, *, name: str) -> tuple[Samples, np.ndarray]:
     if name == "calib":
         order = order[: data.calib.limit or MOST_OF_STREAM]
     return samples, np.sort(order)
-
-
-def _probe(recipe: Recipe) -> Sequence[np.ndarray] | np.ndarray:
-    """Training images: all of them where they are in memory, the first PROBE of the balanced order else."""
-    samples, indices = _choose(recipe, name="train")
-    if isinstance(samples, Stream):
-        indices = np.sort(indices[balanced_order(samples.labels[indices])[:PROBE]])
-    return samples.read(indices if isinstance(samples, ArraySamples) else indices[:PROBE])
-
-
-def _common_size(probe: Sequence[np.ndarray] | np.ndarray) -> tuple[int, int]:
-    sizes = {probe.shape[1:3]} if isinstance(probe, np.ndarray) else {image.shape[:2] for image in probe}
-    if len(sizes) > 1:
-        some = ", ".join(f"{width}x{height}" for height, width in sorted(sizes)[:3])
-        raise DataError(
-            f"data.preprocess.size is not given, and the images differ in size ({some}, ...)",
-            hint="--set data.preprocess.size=224",
-        )
-    height, width = sizes.pop()
-    return int(height), int(width)
-
-
-def _moments(probe: Sequence[np.ndarray] | np.ndarray, *, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std per channel of pixels in [0, 1], from exact histograms."""
-    counts = np.zeros((channels, 256), np.int64)
-    blocks = (
-        [probe[start : start + _CHUNK] for start in range(0, len(probe), _CHUNK)]
-        if isinstance(probe, np.ndarray)
-        else [image[None] for image in probe]
-    )
-    for block in blocks:
-        block = block if block.ndim == 4 else block[..., None]
-        block = images.to_grey(block) if channels == 1 and block.shape[-1] == 3 else block
-        for channel in range(channels):
-            counts[channel] += np.bincount(block[..., channel % block.shape[-1]].ravel(), minlength=256)
-    levels = np.arange(256) / 255
-    shares = counts / counts.sum(axis=1, keepdims=True)
-    mean = shares @ levels
-    std = np.sqrt(shares @ levels**2 - mean**2)
-    if std.min() < 1e-4:
-        raise DataError("the training images are all of one colour", hint="look at the files in data.source")
-    return tuple(round(float(each), 4) for each in mean), tuple(round(float(each), 4) for each in std)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from bmctl.engine.loading.data import open_split, resolve_preprocess
+from bmctl.engine.loading.data import open_split
+from bmctl.engine.loading.preprocess import resolve_preprocess
 from bmctl.engine.sharding.outline import memory_at_hand, outline_of
 from bmctl.engine.sharding.strategy import USABLE, Outline, amount, choose, loads, state_bytes
 from bmctl.errors import BmctlError, RecipeError

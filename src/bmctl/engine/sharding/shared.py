@@ -128,7 +128,7 @@ class Shared:
         assert self._buffers is not None
         self._buffers.follow_first(statistics=True)
         rank, world = self._group.rank, self._group.world
-        share = -(-len(x) // world)
+        share = share_of(len(x), rank=0, world=world).stop
         rows = x[share_of(len(x), rank=rank, world=world)]
         if len(rows) < share:
             rows = torch.cat([rows, x[-1:].expand(share - len(rows), *x.shape[1:])])

@@ -24,6 +24,7 @@ from bmctl.engine.computing import attention, convolution, linear, selfcheck
 from bmctl.engine.computing.compiling import compiled
 from bmctl.engine.computing.precision import Precision, choose_precision
 from bmctl.engine.computing.recompute import keep_activations, recompute_blocks
+from bmctl.engine.computing.tiles import has_tiles
 from bmctl.engine.context import StageContext
 from bmctl.engine.loading.data import Split
 from bmctl.engine.loading.loader import choose_workers, open_loader
@@ -87,10 +88,10 @@ def prepare(training: Training, found: Checkpoint | None, undo: ExitStack) -> Se
         undo.callback(keep_activations, model)
     precision = _precision(training, found)
     undo.enter_context(precision.applied())
-    if precision.name == "bf16" and group.device.type == "cpu" and convolution.has_tiles() and not fit.compile:
+    if precision.name == "bf16" and group.device.type == "cpu" and has_tiles() and not fit.compile:
         # Before the batch size is tried and the numbers are compared: both are to hold for what will compute.
-        for tuned in (convolution.tuned(model), attention.tuned(), linear.tuned()):
-            undo.enter_context(tuned)
+        for kernel in (attention, convolution, linear):
+            undo.enter_context(kernel.tuned())
     batch_size = _batch_size(training, found, precision)
     steps_per_epoch, num_steps = _count_steps(fit, len(training.train), batch_size)
     check_batch(group, batch_size)

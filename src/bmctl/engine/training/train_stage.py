@@ -11,8 +11,9 @@ from bmctl.engine import randomness
 from bmctl.engine.checkpoints.consolidate import About
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import appraise
-from bmctl.engine.loading.data import Split, array_batches, data_fingerprint, open_split, resolve_preprocess
+from bmctl.engine.loading.data import Split, array_batches, data_fingerprint, open_split
 from bmctl.engine.loading.leaks import check_leaks
+from bmctl.engine.loading.preprocess import resolve_preprocess
 from bmctl.engine.parallel import settle
 from bmctl.engine.training.train import FitResult, fit, training_key
 from bmctl.errors import BmctlError, DataError, RecipeError, UsageError
