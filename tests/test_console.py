@@ -19,11 +19,11 @@ import pytest
 
 from bmctl import console as module
 from bmctl.console import Console
+from bmctl.core.evaluation import Evaluation
 from bmctl.doctor import Check
 from bmctl.errors import DataError, Problem, RecipeError
 from bmctl.report import wording
 from bmctl.report.rows import Comparison, GateResult, Latency, Metric, Report, Row, with_gates
-from bmctl.tasks import Evaluation
 
 ESCAPE = "\x1b"
 STORY = """

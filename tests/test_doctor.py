@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from bmctl import __version__, doctor
+from bmctl.core import memory
 from bmctl.doctor import Check, examine
-from bmctl.engine import memory
 
 
 def found(checks: list[Check]) -> dict[str, Check]:

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 SHORT = [
     "train.max_steps=6", "train.batch_size=16", "compress.1.recover.fit.max_steps=4",
     "compress.1.recover.fit.batch_size=16", "compress.2.samples=16", "data.train.limit=128", "data.val.limit=32",
-    "data.test.limit=64", "export.batch.max=64", "export.measure.rounds=3", "export.measure.batch_size=4",
+    "data.test.limit=64", "export.axes.batch.max=64", "export.measure.rounds=3", "export.measure.batch_size=4",
     "gates={}",
 ]  # fmt: skip
 

@@ -27,9 +27,9 @@ from bmctl.errors import BmctlError, InterruptedRunError, RecipeError
 from bmctl.report import page, rows, wording
 
 if TYPE_CHECKING:
+    from bmctl.core.evaluation import Evaluation
     from bmctl.doctor import Check
     from bmctl.report.rows import Report
-    from bmctl.tasks import Evaluation
 
 Part = str | tuple[str, str]
 """A piece of text, or one with its style."""

@@ -177,7 +177,7 @@ def _quota() -> float | None:
 
 
 def _memory() -> Check:
-    from bmctl.engine import memory
+    from bmctl.core import memory
 
     free = memory.free_bytes()
     value = f"{free / 1e9:.1f} GB available"

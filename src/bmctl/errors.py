@@ -18,6 +18,7 @@ BmctlError                  1   a bug: anything that is none of the below
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -162,3 +163,9 @@ def error_from_dict(fields: Mapping[str, Any], *, prefix: str = "") -> BmctlErro
     error: BmctlError = kind(f"{prefix}{fields['message']}", hint=str(fields["hint"]))
     error.exit_code = int(fields["exit_code"])
     return error
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of a library says: its first line, without colours and at most 300 characters long."""
+    lines = [line.strip() for line in re.sub(r"\x1b\[\d+m", "", str(error)).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

@@ -24,8 +24,8 @@ from bmctl.recipe import LaunchConfig, load_recipe, recipe_yaml
 from bmctl.schema import Emit
 
 if TYPE_CHECKING:
-    from bmctl.engine.processes.agent import Shared
-    from bmctl.engine.processes.signals import Stop
+    from bmctl.processes.agent import Shared
+    from bmctl.processes.signals import Stop
 
 POLL_S = 0.1
 KILL_AFTER_S = 15.0
@@ -60,10 +60,10 @@ def launch(job: Job, config: LaunchConfig, *, emit: Emit) -> None:
 
 
 def _run_here(job: Job, config: LaunchConfig, *, emit: Emit) -> None:
-    from bmctl.engine.processes.heartbeat import beating
-    from bmctl.engine.processes.signals import catch_signals
-    from bmctl.engine.processes.watchdog import watched
     from bmctl.engine.worker import end_with, record_error, run_job
+    from bmctl.processes.heartbeat import beating
+    from bmctl.processes.signals import catch_signals
+    from bmctl.processes.watchdog import watched
 
     rank = int(os.environ.get("RANK", "0")) if is_worker() else 0
     logs = Logs(Path(job.run))
@@ -131,9 +131,9 @@ def _run_group(job: Job, config: LaunchConfig, *, emit: Emit) -> None:
     however late that starts, and the group is given time to publish a checkpoint.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is loaded: only bmctl speaks here
-    from bmctl.engine.processes.agent import Shared, run_agent
-    from bmctl.engine.processes.rendezvous import machine
-    from bmctl.engine.processes.signals import catch_signals
+    from bmctl.processes.agent import Shared, run_agent
+    from bmctl.processes.rendezvous import machine
+    from bmctl.processes.signals import catch_signals
 
     is_shared = config.nodes.max > 1
     job = job.model_copy(update={"node": machine() if is_shared else ""})
@@ -159,7 +159,7 @@ def _run_group(job: Job, config: LaunchConfig, *, emit: Emit) -> None:
 
 def _stay(agent: threading.Thread, config: LaunchConfig, logs: Logs, shared: Shared, *, stop: Stop, emit: Emit) -> None:
     """Until the agent is done: hand on signals and events, and see that the workers move."""
-    from bmctl.engine.processes.watchdog import Overseer
+    from bmctl.processes.watchdog import Overseer
 
     told: set[int] = set()
     tail, overseer = _Tail(logs.events, emit), Overseer(logs, timeout_s=config.timeout_s)
@@ -276,7 +276,7 @@ def _raise_outcome(logs: Logs, shared: Shared, stop: Stop) -> None:
     if failure is not None and (failure.is_ours and not failure.is_echo):
         raise failure.error
     if stop.requested is not None:
-        from bmctl.engine.processes.signals import interrupted
+        from bmctl.processes.signals import interrupted
 
         raise interrupted(stop.requested, "the workers ended before a checkpoint was published")
     assert failure is not None

@@ -48,20 +48,47 @@ def resolve_env(text: str) -> str:
     return VARIABLE.sub(lambda found: os.environ[found.group(1)], text)
 
 
+BATCH = "batch"
+"""The free axis along which samples lie: rows of it may be cut and joined."""
+
+
 class TensorSpec(Strict):
     """One input or output of a graph.
 
     Attributes:
         name: The graph's name for it.
-        shape: Sizes per sample, the batch dimension first as None.
         dtype: A NumPy dtype name, such as ``float32``.
+        shape: A size where it is fixed; where it is free the axis' name, such as ``batch`` or ``tokens``. Axes of one
+            name are of one size in one call.
+        role: ``scores`` are compared by their largest too; ``state``, as a KV cache, is handed on unseen.
         meaning: What the numbers are, such as ``normalised image, channels first``.
     """
 
     name: str
-    shape: Many[int | None]
     dtype: str
+    shape: Many[int | str]
+    role: Literal["value", "scores", "state"] = "value"
     meaning: str = ""
+
+
+class Signature(Strict):
+    """What a graph takes and gives, in its own order."""
+
+    inputs: Many[TensorSpec]
+    outputs: Many[TensorSpec]
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the free axes of its inputs, each once, in the order in which they come."""
+        return tuple(dict.fromkeys(size for spec in self.inputs for size in spec.shape if isinstance(size, str)))
+
+
+class Span(Strict):
+    """Smallest, most common and largest size of a free axis that an engine is built for."""
+
+    min: Annotated[int, Field(ge=0, le=2**31 - 1)] = 1
+    opt: Annotated[int, Field(ge=0, le=2**31 - 1)] = 8
+    max: Count = 64
 
 
 class Preprocess(Strict):

@@ -106,7 +106,7 @@ def stage(session: Session) -> Iterator[StageContext]:
     """What an engine stage needs, in this process: the group joined, signals caught."""
     from bmctl.engine.context import StageContext
     from bmctl.engine.parallel import join, leave
-    from bmctl.engine.processes.signals import catch_signals
+    from bmctl.processes.signals import catch_signals
 
     options, recipe = session.options, session.recipe
     group = join(recipe.launch)

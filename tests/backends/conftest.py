@@ -78,9 +78,9 @@ def rescnn_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def int8_graph(rescnn_graph: Path) -> Path:
     """`rescnn_graph` as NNCF quantizes it: Q/DQ, unsigned behind ReLU."""
-    from bmctl.engine import telemetry
+    from bmctl.core import quiet
 
-    telemetry.switch_off()
+    quiet.switch_off_telemetry()
     import nncf
 
     logging.getLogger("nncf").setLevel(logging.ERROR)

@@ -27,8 +27,8 @@ from bmctl.engine.context import StageContext
 from bmctl.engine.loading.data import Split
 from bmctl.engine.loading.order import Plan
 from bmctl.engine.parallel import join
-from bmctl.engine.processes.signals import Stop
 from bmctl.engine.training import fitlog, train
+from bmctl.processes.signals import Stop
 from bmctl.recipe import load_recipe
 from bmctl.tasks import TASKS
 

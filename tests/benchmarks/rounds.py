@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from bmctl.engine.evaluation.stats import Interval, ratio_interval
+from bmctl.core.stats import Interval, ratio_interval
 from bmctl.engine.parallel import num_cores
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from bmctl.engine.evaluation.stats import ratio_interval
+from bmctl.core.stats import ratio_interval
 from bmctl.engine.loading import data
 from bmctl.engine.loading.loader import open_loader
 from bmctl.recipe.sections import Recipe

@@ -18,9 +18,9 @@ from bmctl.engine.context import StageContext
 from bmctl.engine.loading.data import open_split
 from bmctl.engine.loading.preprocess import resolve_preprocess
 from bmctl.engine.parallel import Group
-from bmctl.engine.processes.signals import Stop
 from bmctl.engine.training import train
 from bmctl.models import ModelSpec, build
+from bmctl.processes.signals import Stop
 from bmctl.recipe import Recipe, load_recipe, recipe_yaml
 from bmctl.tasks import TASKS
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tests.engine.runs import Ended, make_run, run_to_end, same, weights
 
-from bmctl.engine.processes.attempts import Attempts
 from bmctl.job import outcome_path
+from bmctl.processes.attempts import Attempts
 
 pytestmark = pytest.mark.slow
 

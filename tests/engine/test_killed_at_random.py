@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from tests.engine.runs import make_run, run_to_end, same, start, weights
 
-from bmctl.engine.processes.attempts import Attempts
 from bmctl.errors import StuckError
+from bmctl.processes.attempts import Attempts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 

@@ -18,9 +18,9 @@ from bmctl.engine.checkpoints import checkpoint
 from bmctl.engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from bmctl.engine.checkpoints.state import KINDS, State
 from bmctl.engine.computing.precision import Precision, choose_precision
-from bmctl.engine.processes.signals import Stop
 from bmctl.engine.training import position
 from bmctl.errors import PackageError, PreemptedError
+from bmctl.processes.signals import Stop
 from bmctl.tasks import TASKS
 
 OVERRIDES = (

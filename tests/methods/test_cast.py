@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from tests.methods.graphs import make_context, run, samples, save, save_residual
 
 from bmctl.backends import BACKENDS
-from bmctl.engine.artifacts import onnxfile
+from bmctl.core import onnxfile, onnxgraph
 from bmctl.engine.artifacts.reference import open_graph, open_reference
 from bmctl.errors import RecipeError, UnsupportedError
 from bmctl.methods import cast
@@ -45,7 +45,7 @@ def test_weights_and_operators_are_half_and_borders_are_not(graph: Path, dtype: 
     inputs, outputs = onnxfile.read_specs(out)
     assert inputs[0].dtype == outputs[0].dtype == "float32" and (inputs[0].name, outputs[0].name) == ("input", "logits")
     assert out.stat().st_size < 0.6 * graph.stat().st_size
-    assert meta["precision"] == dtype == onnxfile.precision_of(out) and meta["num_kept"] == 0
+    assert meta["precision"] == dtype == onnxgraph.precision_of(out) and meta["num_kept"] == 0
 
 
 def test_close_to_fp32(graph: Path, dtype: str, tmp_path: Path) -> None:

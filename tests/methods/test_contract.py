@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from bmctl import models, package
+from bmctl.core import masks
 from bmctl.engine.artifacts.graph import export_onnx
-from bmctl.engine.modules import masks
 from bmctl.errors import UnsupportedError
 from bmctl.methods import METHODS, MethodContext
 from bmctl.models import ModelSpec

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from bmctl.engine.modules import masks
+from bmctl.core import masks
 from bmctl.errors import PackageError, RecipeError, UnsupportedError
 from bmctl.methods import MethodContext, magnitude
 from bmctl.methods.magnitude import Config

@@ -13,7 +13,7 @@ from onnx import TensorProto, numpy_helper
 from tests.methods.graphs import make_context, run, samples, save_residual
 
 from bmctl.backends import BACKENDS
-from bmctl.engine.artifacts import onnxfile
+from bmctl.core import onnxfile, onnxgraph
 from bmctl.errors import DataError, RecipeError, UnsupportedError
 from bmctl.methods import ptq
 from bmctl.recipe.sections import BatchProfile
@@ -53,7 +53,7 @@ def test_weights_are_stored_as_int8(graph: Path, quantized: Path) -> None:
     assert max(sizes.values()) <= 16, f"weights left in fp32: {sizes}"
     stored = [t for t in held.values() if t.data_type == TensorProto.INT8 and numpy_helper.to_array(t).size > 16]
     assert len(stored) == 3, "stem, block and head"
-    assert onnxfile.is_quantized(quantized) and not onnxfile.is_quantized(graph)
+    assert onnxgraph.is_quantized(quantized) and not onnxgraph.is_quantized(graph)
     onnxfile.check_onnx(quantized)
 
 

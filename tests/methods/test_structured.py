@@ -10,7 +10,7 @@ import torch
 from tests.methods.conftest import residual, vit
 from torch import nn
 
-from bmctl.engine.modules import masks
+from bmctl.core import masks
 from bmctl.errors import PackageError, RecipeError, UnsupportedError
 from bmctl.methods import MethodContext, magnitude, structured
 from bmctl.methods.structured import Config

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from tests.methods.conftest import residual, vit
 from torch import nn
 
-from bmctl.engine.modules import masks
-from bmctl.engine.modules.layers import Factors
+from bmctl.core import masks
+from bmctl.core.layers import Factors
 from bmctl.errors import PackageError, RecipeError, UnsupportedError
 from bmctl.methods import MethodContext, magnitude, svd
 from bmctl.methods.svd import Config

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from bmctl import models
-from bmctl.engine.modules.networks import StochasticDepth
 from bmctl.errors import RecipeError
 from bmctl.models import ModelConfig, ModelSpec
+from bmctl.models.networks import StochasticDepth
 
 TINY_VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 # Name, field, other arguments, the constructor's name for it.

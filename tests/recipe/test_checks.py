@@ -53,8 +53,8 @@ def found(text: str) -> list[str]:
         (FULL + "launch: {nodes: {min: 3, max: 2}, rendezvous: 'a:1'}", "launch.nodes", "must be min <= max, got 3, 2"),
         (FULL + "launch: {nodes: {max: 2}}", "launch.nodes", "2 machines must know where to meet"),
         (FULL + "launch: {strategy: ddp, cpu_offload: true}", "launch.cpu_offload", "only fsdp can offload it"),
-        (FULL + "export: {batch: {min: 4, opt: 2}}", "export.batch", "got 4, 2, 64"),
-        (FULL + "export: {batch: {max: 4}}", "export.batch", "got 1, 8, 4"),
+        (FULL + "export: {axes: {batch: {min: 4, opt: 2}}}", "export.axes.batch", "got 4, 2, 64"),
+        (FULL + "export: {axes: {batch: {max: 4}}}", "export.axes.batch", "got 1, 8, 4"),
         (
             FULL + "export: {batch: {max: 32}, backends: [{name: tensorrt_rtx}]}",
             "export.measure.batch_size",

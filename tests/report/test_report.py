@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from bmctl import package, report, store
-from bmctl.engine.evaluation import scores
-from bmctl.engine.evaluation.stats import paired_interval, ratio_interval
+from bmctl.core import scores
+from bmctl.core.evaluation import Evaluation
+from bmctl.core.stats import paired_interval, ratio_interval
 from bmctl.errors import PackageError
 from bmctl.report import page, rows
-from bmctl.tasks import Evaluation
 
 NUMBER = 400
 SLOW = tuple(27.0 + 0.1 * i for i in range(15))

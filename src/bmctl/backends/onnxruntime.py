@@ -9,25 +9,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from bmctl.errors import DependencyError, PackageError, UnsupportedError
-from bmctl.schema import Count, Strict, TensorSpec
+from bmctl.core.runner import Bounds, check_feed
+from bmctl.errors import DependencyError, PackageError, UnsupportedError, first_line
+from bmctl.schema import Count, Signature, Span, Strict
 
 if TYPE_CHECKING:
     import numpy as np
 
 SUFFIX = ".onnx"
-
-DTYPES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(double)": "float64",
-    "tensor(int8)": "int8",
-    "tensor(uint8)": "uint8",
-    "tensor(int32)": "int32",
-    "tensor(int64)": "int64",
-    "tensor(bool)": "bool",
-}
-
 
 ERRORS = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile", "RuntimeException")
 
@@ -56,49 +45,52 @@ def unavailable(config: Config) -> str:
     return ""
 
 
-def build(onnx_path: Path, *, config: Config, batch: Any, out: Path) -> dict[str, Any]:
+def build(
+    onnx_path: Path, *, config: Config, signature: Signature, axes: Mapping[str, Span], out: Path
+) -> dict[str, Any]:
     """Write a checked copy of the graph in one file, and open it once to see that every operator is there.
 
     Args:
         onnx_path: The graph.
-        batch: Not used: the graph's own batch dimension stays as it is.
+        axes: Not used: what is free in the graph stays free.
         out: The file to write.
 
     Raises:
         UnsupportedError: ONNX Runtime has no kernel for an operator of the graph.
     """
-    from bmctl.backends import copy_graph
+    from bmctl.core.onnxfile import copy_graph
 
     copy_graph(onnx_path, out=out)
-    with open(out, config=config) as runner:
+    with open(out, config=config, signature=signature) as runner:
         return {"version": _ort().__version__, "providers": runner.providers}
 
 
-def open(artifact: Path, *, config: Config, meta: Mapping[str, Any] | None = None) -> OrtRunner:
+def open(
+    artifact: Path, *, config: Config, signature: Signature | None = None, meta: Mapping[str, Any] | None = None
+) -> OrtRunner:
     """Load the graph; close it with `with`."""
     if reason := unavailable(config):
         raise DependencyError(reason, hint="pip install onnxruntime, or onnxruntime-gpu for CUDA")
-    return OrtRunner(artifact, config)
+    from bmctl.core.onnxgraph import read_signature
+
+    return OrtRunner(artifact, config, signature=signature or read_signature(artifact))
 
 
 class OrtRunner:
-    """A session; see backends.Runner."""
+    """A session; see core.runner.Runner."""
 
-    def __init__(self, artifact: Path, config: Config) -> None:
+    def __init__(self, artifact: Path, config: Config, *, signature: Signature) -> None:
         self._session: Any = _start(artifact, config)
         self.providers: list[str] = self._session.get_providers()
-        self.inputs = tuple(_spec(node) for node in self._session.get_inputs())
-        self.outputs = tuple(_spec(node) for node in self._session.get_outputs())
-        self.batch: tuple[int, int | None] = (1, None)
+        self.signature = signature
+        self.bounds: dict[str, Bounds] = {}
 
     def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One batch; blocks until the outputs are there."""
-        from bmctl.backends import check_feed
-
         if self._session is None:
             raise ValueError("the runner is closed")
-        names = [spec.name for spec in self.outputs]
-        checked = check_feed(feed, inputs=self.inputs, batch=self.batch)
+        names = [spec.name for spec in self.signature.outputs]
+        checked = check_feed(feed, inputs=self.signature.inputs, bounds=self.bounds)
         with _explained("ONNX Runtime failed on a batch"):
             arrays = self._session.run(names, checked)
         return dict(zip(names, arrays, strict=True))
@@ -130,8 +122,6 @@ def _explained(what: str) -> Iterator[None]:
     """Turn ONNX Runtime's exceptions, which share no class of their own, into ours."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    from bmctl.backends import first_line
-
     try:
         yield
     except state.NotImplemented as error:
@@ -148,10 +138,3 @@ def _ort() -> Any:
     ort.disable_telemetry_events()
     ort.set_default_logger_severity(4)
     return ort
-
-
-def _spec(node: Any) -> TensorSpec:
-    if node.type not in DTYPES:
-        raise UnsupportedError(f"{node.name!r} is a {node.type}; NumPy arrays cannot carry that")
-    shape = tuple(size if isinstance(size, int) else None for size in node.shape)
-    return TensorSpec(name=node.name, shape=shape, dtype=DTYPES[node.type])

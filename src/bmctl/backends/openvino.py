@@ -14,8 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from bmctl.core.runner import Bounds, check_feed, rows
 from bmctl.errors import DependencyError, PackageError, UnsupportedError
-from bmctl.schema import Count, Strict, TensorSpec
+from bmctl.schema import BATCH, Count, Signature, Span, Strict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,52 +51,56 @@ def unavailable(config: Config) -> str:
     return ""
 
 
-def build(onnx_path: Path, *, config: Config, batch: Any, out: Path) -> dict[str, Any]:
+def build(
+    onnx_path: Path, *, config: Config, signature: Signature, axes: Mapping[str, Span], out: Path
+) -> dict[str, Any]:
     """Write a checked copy of the graph in one file, and compile it once to see that every operator is there.
 
     Args:
         onnx_path: The graph.
-        batch: Not used: the graph's own batch dimension stays as it is.
+        axes: Not used: what is free in the graph stays free.
         out: The file to write.
 
     Raises:
         UnsupportedError: OpenVINO has no implementation of an operator of the graph.
     """
-    from bmctl.backends import copy_graph
+    from bmctl.core.onnxfile import copy_graph
 
     copy_graph(onnx_path, out=out)
-    with open(out, config=config):
+    with open(out, config=config, signature=signature):
         return {"version": _openvino().get_version(), "precision": _precision(config)}
 
 
-def open(artifact: Path, *, config: Config, meta: Mapping[str, Any] | None = None) -> OpenVinoRunner:
+def open(
+    artifact: Path, *, config: Config, signature: Signature | None = None, meta: Mapping[str, Any] | None = None
+) -> OpenVinoRunner:
     """Read and compile the graph; close it with `with`."""
     if reason := unavailable(config):
         raise DependencyError(reason, hint="pip install openvino, and `precision: f32` where the CPU has no bf16")
-    return OpenVinoRunner(artifact, config)
+    from bmctl.core.onnxgraph import read_signature
+
+    return OpenVinoRunner(artifact, config, signature=signature or read_signature(artifact))
 
 
 class OpenVinoRunner:
-    """A compiled model with one request per stream; see backends.Runner."""
+    """A compiled model with one request per stream; see core.runner.Runner."""
 
-    def __init__(self, artifact: Path, config: Config) -> None:
+    def __init__(self, artifact: Path, config: Config, *, signature: Signature) -> None:
         self._model: Any = _compile(artifact, config)
         self.precision: str = self._model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         streams = self._model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS") if config.hint == "throughput" else 1
         self._requests: list[Any] = [self._model.create_infer_request() for _ in range(streams)]
-        self.inputs = tuple(_spec(port) for port in self._model.inputs)
-        self.outputs = tuple(_spec(port) for port in self._model.outputs)
-        self.batch: tuple[int, int | None] = (1, None)
+        self.signature = signature
+        self.bounds: dict[str, Bounds] = {}
 
     def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One batch, in as many parts as there are streams; blocks until the outputs are there."""
         import numpy as np
 
-        from bmctl.backends import check_feed
-
         if self._model is None:
             raise ValueError("the runner is closed")
-        checked = check_feed(feed, inputs=self.inputs, batch=self.batch)
+        outputs = self.signature.outputs
+        checked = check_feed(feed, inputs=self.signature.inputs, bounds=self.bounds)
         parts = self._split(checked)
         results = []
         try:
@@ -103,23 +108,27 @@ class OpenVinoRunner:
                 request.start_async(part, share_inputs=True)
             for request, _ in zip(self._requests, parts, strict=False):
                 request.wait()
-                results.append([request.get_output_tensor(i).data.copy() for i in range(len(self.outputs))])
+                results.append([request.get_output_tensor(i).data.copy() for i in range(len(outputs))])
         except RuntimeError as error:
             raise PackageError(f"OpenVINO failed on a batch: {_reason(error)}") from error
-        joined = [
-            columns[0] if len(columns) == 1 else np.concatenate(columns) for columns in zip(*results, strict=True)
-        ]
-        return {spec.name: array for spec, array in zip(self.outputs, joined, strict=True)}
+        if len(results) == 1:
+            return {spec.name: array for spec, array in zip(outputs, results[0], strict=True)}
+        columns = zip(outputs, zip(*results, strict=True), strict=True)
+        return {spec.name: np.concatenate(arrays, axis=spec.shape.index(BATCH)) for spec, arrays in columns}
 
     def _split(self, feed: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-        """Equal parts of the batch, one per stream at most; a graph with a fixed batch is never split."""
-        free = all(spec.shape and spec.shape[0] is None for spec in (*self.inputs, *self.outputs))
-        num_samples = len(next(iter(feed.values()))) if free else 1
+        """Equal parts of the batch, one per stream at most; nothing is split where an array has no free batch."""
+        specs = self.signature.inputs
+        if len(self._requests) == 1 or not all(BATCH in spec.shape for spec in (*specs, *self.signature.outputs)):
+            return [feed]
+        axes = {spec.name: spec.shape.index(BATCH) for spec in specs}
+        num_samples = feed[specs[0].name].shape[axes[specs[0].name]]
         num_parts = min(len(self._requests), num_samples)
         borders = [num_samples * i // num_parts for i in range(num_parts + 1)]
-        if num_parts == 1:
-            return [feed]
-        return [{name: array[low:high] for name, array in feed.items()} for low, high in itertools.pairwise(borders)]
+        return [
+            {name: rows(array, axes[name], low, high) for name, array in feed.items()}
+            for low, high in itertools.pairwise(borders)
+        ]
 
     def __enter__(self) -> Self:
         return self
@@ -164,14 +173,9 @@ def _reason(error: RuntimeError) -> str:
 
 
 def _openvino() -> Any:
-    from bmctl.engine import telemetry
+    from bmctl.core import quiet
 
-    telemetry.switch_off()
+    quiet.switch_off_telemetry()
     import openvino
 
     return openvino
-
-
-def _spec(port: Any) -> TensorSpec:
-    shape = tuple(size.get_length() if size.is_static else None for size in port.get_partial_shape())
-    return TensorSpec(name=port.get_any_name(), shape=shape, dtype=str(port.get_element_type().to_dtype()))

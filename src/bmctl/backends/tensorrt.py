@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bmctl.backends.trt_engine import build_engine, find_device, read_engine, require_device
 from bmctl.errors import DependencyError
-from bmctl.schema import Strict
+from bmctl.schema import Signature, Span, Strict
 
 if TYPE_CHECKING:
     from bmctl.backends.trt_runner import EngineRunner
@@ -35,12 +35,14 @@ def unavailable(config: Config) -> str:
     return "" if find_device() else f"TensorRT {tensorrt.__version__} is here, but no NVIDIA GPU"
 
 
-def build(onnx_path: Path, *, config: Config, batch: Any, out: Path) -> dict[str, Any]:
+def build(
+    onnx_path: Path, *, config: Config, signature: Signature, axes: Mapping[str, Span], out: Path
+) -> dict[str, Any]:
     """Build an engine for the GPU of this machine.
 
     Args:
         onnx_path: The graph.
-        batch: Smallest, most common and largest batch (recipe.BatchProfile).
+        axes: Smallest, most common and largest size of each free axis.
         out: The file to write.
 
     Raises:
@@ -54,11 +56,15 @@ def build(onnx_path: Path, *, config: Config, batch: Any, out: Path) -> dict[str
             "TensorRT builds engines on the GPU that runs them, and there is none here",
             hint="build where the GPU is, or take the backend tensorrt_rtx: it builds anywhere",
         )
-    meta = build_engine(trt, onnx_path, batch=batch, out=out, tf32=config.tf32, prepare=lambda settings: None)
+    meta = build_engine(
+        trt, onnx_path, signature=signature, axes=axes, out=out, tf32=config.tf32, prepare=lambda settings: None
+    )
     return meta | {"gpu": dataclasses.asdict(device)}
 
 
-def open(artifact: Path, *, config: Config, meta: Mapping[str, Any] | None = None) -> EngineRunner:
+def open(
+    artifact: Path, *, config: Config, signature: Signature | None = None, meta: Mapping[str, Any] | None = None
+) -> EngineRunner:
     """Run an engine that its manifest vouches for: its hash, the TensorRT version and the GPU.
 
     Raises:
@@ -70,7 +76,7 @@ def open(artifact: Path, *, config: Config, meta: Mapping[str, Any] | None = Non
     require_device(meta, trt=trt)
     from bmctl.backends.trt_runner import EngineRunner
 
-    return EngineRunner(trt, data)
+    return EngineRunner(trt, data, signature=signature)
 
 
 def _load() -> Any:

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from bmctl.backends.trt_engine import build_engine, find_device, read_engine, require_device
 from bmctl.errors import DependencyError, UnsupportedError
-from bmctl.schema import Many, Strict
+from bmctl.schema import Many, Signature, Span, Strict
 
 if TYPE_CHECKING:
     from bmctl.backends.trt_runner import EngineRunner
@@ -58,12 +58,14 @@ def unavailable(config: Config) -> str:
     return ""
 
 
-def build(onnx_path: Path, *, config: Config, batch: Any, out: Path) -> dict[str, Any]:
+def build(
+    onnx_path: Path, *, config: Config, signature: Signature, axes: Mapping[str, Span], out: Path
+) -> dict[str, Any]:
     """Build an engine for `config.capabilities`; no GPU is needed.
 
     Args:
         onnx_path: The graph.
-        batch: Smallest, most common and largest batch (recipe.BatchProfile).
+        axes: Smallest, most common and largest size of each free axis.
         out: The file to write.
 
     Raises:
@@ -78,11 +80,13 @@ def build(onnx_path: Path, *, config: Config, batch: Any, out: Path) -> dict[str
             if not settings.set_compute_capability(getattr(trt.ComputeCapability, name.upper()), i):
                 raise UnsupportedError(f"TensorRT-RTX {trt.__version__} does not take the capability {name}")
 
-    meta = build_engine(trt, onnx_path, batch=batch, out=out, tf32=config.tf32, prepare=prepare)
+    meta = build_engine(trt, onnx_path, signature=signature, axes=axes, out=out, tf32=config.tf32, prepare=prepare)
     return meta | {"capabilities": list(config.capabilities)}
 
 
-def open(artifact: Path, *, config: Config, meta: Mapping[str, Any] | None = None) -> EngineRunner:
+def open(
+    artifact: Path, *, config: Config, signature: Signature | None = None, meta: Mapping[str, Any] | None = None
+) -> EngineRunner:
     """Run an engine that its manifest vouches for: its hash, the TensorRT-RTX version and the GPU.
 
     Raises:
@@ -94,7 +98,7 @@ def open(artifact: Path, *, config: Config, meta: Mapping[str, Any] | None = Non
     require_device(meta, trt=trt)
     from bmctl.backends.trt_runner import EngineRunner
 
-    return EngineRunner(trt, data)
+    return EngineRunner(trt, data, signature=signature)
 
 
 def _load() -> Any:

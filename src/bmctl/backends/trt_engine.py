@@ -14,12 +14,11 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from bmctl.core.runner import shown
 from bmctl.errors import DependencyError, PackageError, UnsupportedError
-
-if TYPE_CHECKING:
-    from bmctl.recipe.sections import BatchProfile
+from bmctl.schema import Signature, Span
 
 MAX_MANIFEST_BYTES = 16 * 2**20
 
@@ -43,14 +42,21 @@ def find_device() -> Device | None:
 
 
 def build_engine(
-    trt: Any, onnx_path: Path, *, batch: BatchProfile, out: Path, tf32: bool, prepare: Callable[[Any], None]
+    trt: Any,
+    onnx_path: Path,
+    *,
+    signature: Signature,
+    axes: Mapping[str, Span],
+    out: Path,
+    tf32: bool,
+    prepare: Callable[[Any], None],
 ) -> dict[str, Any]:
     """Parse the graph and write its engine to `out`.
 
     Args:
         trt: The module `tensorrt` or `tensorrt_rtx`.
-        onnx_path: A graph whose only free dimension, if any, is the batch.
-        batch: Smallest, most common and largest batch, for inputs with a free batch.
+        signature: Of the graph; it names the free axes.
+        axes: Smallest, most common and largest size of each free axis.
         tf32: Let fp32 matrix products round their inputs to 10 bits.
         prepare: Told the builder's settings before the build, for what one of the libraries alone has.
 
@@ -76,7 +82,7 @@ def build_engine(
     settings = builder.create_builder_config()
     if not tf32:
         settings.clear_flag(trt.BuilderFlag.TF32)
-    profiles = _add_profile(builder, network, settings, batch)
+    profiles = _add_profile(builder, network, settings, signature, axes)
     prepare(settings)
     memory = builder.build_serialized_network(network, settings)
     if memory is None:
@@ -114,28 +120,35 @@ def _describe(problem: Any) -> str:
     return f"{problem.node_operator() or 'graph'} {problem.node_name()!r}: {' '.join(problem.desc().split())[:200]}"
 
 
-def _add_profile(builder: Any, network: Any, settings: Any, batch: BatchProfile) -> dict[str, list[list[int]]]:
-    """One optimization profile over all inputs with a free batch; their (min, opt, max) shapes by name."""
+def _add_profile(
+    builder: Any, network: Any, settings: Any, signature: Signature, axes: Mapping[str, Span]
+) -> dict[str, list[list[int]]]:
+    """One optimization profile over all inputs with a free axis; their (min, opt, max) shapes by name."""
     profile = builder.create_optimization_profile()
+    specs = {spec.name: spec for spec in signature.inputs}
     shapes: dict[str, list[list[int]]] = {}
     is_free = False
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
-        sizes = list(tensor.shape)
-        if -1 in sizes[1:]:
+        spec = specs[tensor.name]
+        missing = [axis for axis in spec.shape if isinstance(axis, str) and axis not in axes]
+        if missing:
             raise UnsupportedError(
-                f"input {tensor.name!r} has the shape {sizes}: only the batch, its first dimension, may be free",
-                hint="export it again with fixed sizes behind the batch",
+                f"input {tensor.name!r} is {shown(spec)}, and nobody says which sizes {missing[0]!r} will have",
+                hint=f"--set export.axes.{missing[0]}='{{min: 1, opt: 32, max: 128}}'",
             )
-        if sizes and sizes[0] == -1:
+        wanted = [[_size(axes, axis, which) for axis in spec.shape] for which in ("min", "opt", "max")]
+        shapes[tensor.name] = wanted
+        if wanted[0] != list(tensor.shape):  # a free axis is -1 there
             is_free = True
-            shapes[tensor.name] = [[n, *sizes[1:]] for n in (batch.min, batch.opt, batch.max)]
-            profile.set_shape(tensor.name, *(tuple(shape) for shape in shapes[tensor.name]))
-        else:
-            shapes[tensor.name] = [sizes] * 3
+            profile.set_shape(tensor.name, *(tuple(shape) for shape in wanted))
     if is_free and settings.add_optimization_profile(profile) < 0:
-        raise UnsupportedError(f"the batch sizes {batch.min} <= {batch.opt} <= {batch.max} were not taken")
+        raise UnsupportedError(f"the sizes {shapes} were not taken")
     return shapes
+
+
+def _size(axes: Mapping[str, Span], axis: int | str, which: str) -> int:
+    return axis if isinstance(axis, int) else int(getattr(axes[axis], which))
 
 
 def check_engine(meta: Mapping[str, Any], *, trt: Any, device: Device) -> None:

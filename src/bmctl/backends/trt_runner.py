@@ -7,8 +7,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from bmctl.backends.trt_engine import find_logger
+from bmctl.core.runner import Bounds, check_feed
 from bmctl.errors import PackageError, ResourceError, UnsupportedError
-from bmctl.schema import TensorSpec
+from bmctl.schema import BATCH, Signature, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,14 +18,15 @@ DEVICE = "cuda"
 
 
 class EngineRunner:
-    """A deserialized engine with one execution context; see backends.Runner.
+    """A deserialized engine with one execution context; see core.runner.Runner.
 
     Args:
         trt: The module `tensorrt` or `tensorrt_rtx`.
         data: A serialized engine that `check_engine` let pass.
+        signature: Names the free axes; without it the first is `batch`, and others have their input's name.
     """
 
-    def __init__(self, trt: Any, data: bytes) -> None:
+    def __init__(self, trt: Any, data: bytes, *, signature: Signature | None = None) -> None:
         import torch
 
         self._trt = trt
@@ -39,9 +41,11 @@ class EngineRunner:
             raise ResourceError(f"{trt.__name__} cannot make an execution context: {self._reason()}")
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         fed = {name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
-        self.inputs = tuple(_spec(trt, engine, name) for name in names if name in fed)
-        self.outputs = tuple(_spec(trt, engine, name) for name in names if name not in fed)
-        self.batch = _batch(engine, self.inputs)
+        self.signature = signature or Signature(
+            inputs=tuple(_spec(trt, engine, name) for name in names if name in fed),
+            outputs=tuple(_spec(trt, engine, name) for name in names if name not in fed),
+        )
+        self.bounds = _bounds(engine, self.signature.inputs)
         self._runtime, self._engine, self._context = runtime, engine, context
         self._stream = torch.cuda.Stream()
 
@@ -50,18 +54,16 @@ class EngineRunner:
         import numpy as np
         import torch
 
-        from bmctl.backends import check_feed
-
         context = self._context
         if context is None:
             raise ValueError("the runner is closed")
-        checked = check_feed(feed, inputs=self.inputs, batch=self.batch)
+        checked = check_feed(feed, inputs=self.signature.inputs, bounds=self.bounds)
         with torch.cuda.stream(self._stream):
             # Kept in `held` until the stream is done: TensorRT has only their addresses.
             held = {n: torch.from_numpy(np.require(a, requirements="W")).to(DEVICE) for n, a in checked.items()}
             for name, array in held.items():
                 self._expect(context.set_input_shape(name, tuple(array.shape)), f"the shape of {name!r}")
-            for spec in self.outputs:
+            for spec in self.signature.outputs:
                 shape = tuple(context.get_tensor_shape(spec.name))
                 if -1 in shape:
                     raise UnsupportedError(f"the size of output {spec.name!r} depends on the data: {shape}")
@@ -70,7 +72,7 @@ class EngineRunner:
                 self._expect(context.set_tensor_address(name, array.data_ptr()), f"the address of {name!r}")
             self._expect(context.execute_async_v3(self._stream.cuda_stream), "the batch")
         self._stream.synchronize()
-        return {spec.name: held[spec.name].cpu().numpy() for spec in self.outputs}
+        return {spec.name: held[spec.name].cpu().numpy() for spec in self.signature.outputs}
 
     def _expect(self, taken: bool, what: str, /) -> None:
         if not taken:
@@ -104,13 +106,20 @@ def _spec(trt: Any, engine: Any, name: str) -> TensorSpec:
     dtype = engine.get_tensor_dtype(name)
     if dtype not in dtypes:
         raise UnsupportedError(f"{name!r} is {dtype}; NumPy arrays cannot carry that")
-    shape = tuple(None if size == -1 else int(size) for size in engine.get_tensor_shape(name))
+    sizes = [int(size) for size in engine.get_tensor_shape(name)]
+    shape = tuple((f"{name}.{i}" if i else BATCH) if size == -1 else size for i, size in enumerate(sizes))
     return TensorSpec(name=name, shape=shape, dtype=dtypes[dtype])
 
 
-def _batch(engine: Any, inputs: tuple[TensorSpec, ...]) -> tuple[int, int | None]:
-    """Smallest and largest batch of profile 0, the narrowest over all inputs with a free batch."""
-    bounds = [engine.get_tensor_profile_shape(spec.name, 0) for spec in inputs if spec.shape and spec.shape[0] is None]
-    if not bounds:
-        return 1, None
-    return max(int(low[0]) for low, _, _ in bounds), min(int(high[0]) for _, _, high in bounds)
+def _bounds(engine: Any, inputs: tuple[TensorSpec, ...]) -> dict[str, Bounds]:
+    """Smallest and largest size of each free axis in profile 0, the narrowest over all inputs that have it."""
+    found: dict[str, Bounds] = {}
+    for spec in inputs:
+        if not any(isinstance(axis, str) for axis in spec.shape):
+            continue
+        lows, _, highs = engine.get_tensor_profile_shape(spec.name, 0)
+        for axis, low, high in zip(spec.shape, lows, highs, strict=True):
+            if isinstance(axis, str):
+                least, most = found.get(axis, (0, None))
+                found[axis] = max(least, int(low)), int(high) if most is None else min(most, int(high))
+    return found

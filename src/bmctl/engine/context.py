@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bmctl.engine.parallel import Group
-from bmctl.engine.processes.signals import Stop
+from bmctl.processes.signals import Stop
 from bmctl.recipe import Recipe
 from bmctl.schema import Emit
 

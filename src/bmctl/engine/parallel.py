@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from bmctl.engine import memory
-from bmctl.errors import BmctlError, DependencyError, RecipeError, UsageError, WorkerError, error_from_dict
+from bmctl.core import memory
+from bmctl.errors import BmctlError, DependencyError, RecipeError, UsageError, WorkerError, error_from_dict, first_line
 from bmctl.recipe import LaunchConfig
 
 
@@ -67,7 +67,7 @@ def join(launch: LaunchConfig) -> Group:
         except (RuntimeError, ValueError, OSError) as error:
             raise WorkerError(
                 f"rank {rank} could not meet the other {world - 1} processes at "
-                f"{os.environ.get('MASTER_ADDR', '(MASTER_ADDR unset)')}: {_first_line(error)}",
+                f"{os.environ.get('MASTER_ADDR', '(MASTER_ADDR unset)')}: {first_line(error)}",
                 hint="check that every node resolves and reaches that host and port",
             ) from error
     return Group(rank=rank, local_rank=local_rank, world=world, device=device, threads=threads)
@@ -178,8 +178,3 @@ def _from_env(name: str, *, default: int) -> int:
         return int(text)
     except ValueError:
         raise UsageError(f"{name} is {text!r}, expected a number", hint=f"unset {name}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

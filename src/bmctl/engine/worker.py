@@ -18,11 +18,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bmctl import store
-from bmctl.engine.processes.attempts import Attempts
-from bmctl.engine.processes.heartbeat import Heart, beating, dump_on_signal, group_timeout_s
-from bmctl.engine.processes.signals import Stop, catch_signals
 from bmctl.errors import BmctlError, InterruptedRunError, PreemptedError, RecipeError
 from bmctl.job import Job, Logs, is_restarted, outcome_path, torchrun_nodes, write_outcome
+from bmctl.processes.attempts import Attempts
+from bmctl.processes.heartbeat import Heart, beating, dump_on_signal, group_timeout_s
+from bmctl.processes.signals import Stop, catch_signals
 from bmctl.recipe import LaunchConfig, Recipe, load_recipe
 from bmctl.schema import Emit
 from bmctl.verdict import HEADING

@@ -51,10 +51,10 @@ def apply(onnx_path: Path, config: Config, context: MethodContext, *, out: Path)
     """
     import onnx
 
-    from bmctl.engine.artifacts import halfgraph, onnxfile
-    from bmctl.engine.artifacts.graph import tidy
+    from bmctl.core import halfgraph, onnxfile, onnxgraph
+    from bmctl.core.onnxgraph import tidy
 
-    precision = onnxfile.precision_of(onnx_path)
+    precision = onnxgraph.precision_of(onnx_path)
     if precision == "int8":
         raise UnsupportedError(
             f"{onnx_path.name} is quantized: its products are in int8 already, and its scales need fp32",
@@ -63,8 +63,8 @@ def apply(onnx_path: Path, config: Config, context: MethodContext, *, out: Path)
     if precision != "fp32":
         raise UnsupportedError(f"{onnx_path.name} is {precision} already", hint="remove one of the two cast steps")
     model = halfgraph.prepare(onnx.load(onnx_path), config.dtype)
-    onnxfile.name_nodes(model)
-    keep = set(onnxfile.match_nodes(model, config.keep, where="cast: keep"))
+    onnxgraph.name_nodes(model)
+    keep = set(onnxgraph.match_nodes(model, config.keep, where="cast: keep"))
     largest = _check_range(model, config, context, keep=keep)
     halved = halfgraph.halve(model, config.dtype, keep=keep)
     tidy(halved.model)
@@ -81,7 +81,7 @@ def apply(onnx_path: Path, config: Config, context: MethodContext, *, out: Path)
 
 def _check_range(model: onnx.ModelProto, config: Config, context: MethodContext, *, keep: set[str]) -> float:
     """The largest activation on the example; past fp16's range it is refused, by the name of its node."""
-    from bmctl.engine.artifacts import halfgraph
+    from bmctl.core import halfgraph
 
     held = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in held]

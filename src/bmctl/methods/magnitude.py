@@ -52,8 +52,8 @@ def apply(model: nn.Module, config: Config, context: MethodContext) -> Meta:
         UnsupportedError: Nothing to prune, or as sparse already.
         RecipeError: A pattern of `ignore` matches no layer.
     """
-    from bmctl.engine.modules.layers import deterministic
-    from bmctl.engine.modules.masks import get_mask, has_mask, hold_masks, set_mask
+    from bmctl.core.layers import deterministic
+    from bmctl.core.masks import get_mask, has_mask, hold_masks, set_mask
     from bmctl.errors import UnsupportedError
 
     layers = _chosen(model, config)
@@ -83,8 +83,8 @@ def restore(model: nn.Module, config: Config, meta: Meta) -> None:
     """
     import torch
 
-    from bmctl.engine.modules.layers import get_layer, weight_layers
-    from bmctl.engine.modules.masks import MASK, has_mask, hold_masks, num_bytes
+    from bmctl.core.layers import get_layer, weight_layers
+    from bmctl.core.masks import MASK, has_mask, hold_masks, num_bytes
     from bmctl.errors import PackageError
 
     known = weight_layers(model)
@@ -99,7 +99,7 @@ def restore(model: nn.Module, config: Config, meta: Meta) -> None:
 
 
 def _chosen(model: nn.Module, config: Config) -> dict[str, Any]:
-    from bmctl.engine.modules.layers import matching, weight_layers
+    from bmctl.core.layers import matching, weight_layers
     from bmctl.errors import UnsupportedError
 
     layers = weight_layers(model)

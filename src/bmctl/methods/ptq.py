@@ -66,11 +66,10 @@ def apply(onnx_path: Path, config: Config, context: MethodContext, *, out: Path)
     """
     import onnx
 
-    from bmctl.engine import quiet
-    from bmctl.engine.artifacts import onnxfile
-    from bmctl.engine.artifacts.graph import tidy
+    from bmctl.core import onnxfile, onnxgraph, quiet
+    from bmctl.core.onnxgraph import tidy
 
-    precision = onnxfile.precision_of(onnx_path)
+    precision = onnxgraph.precision_of(onnx_path)
     if precision == "int8":
         raise UnsupportedError(
             f"{onnx_path.name} is quantized already; rounding twice only loses",
@@ -78,13 +77,13 @@ def apply(onnx_path: Path, config: Config, context: MethodContext, *, out: Path)
         )
     if precision != "fp32":
         raise UnsupportedError(f"{onnx_path.name} is {precision}; int8 is made from fp32", hint="put ptq before cast")
-    inputs, _ = onnxfile.read_specs(onnx_path)
+    inputs = onnxgraph.read_signature(onnx_path).inputs
     if len(inputs) != 1:
         raise UnsupportedError(f"{onnx_path.name} has {len(inputs)} inputs; calibration samples feed one")
     samples = _samples(config, context, shape=inputs[0].shape)
     model = onnx.load(onnx_path)
-    onnxfile.name_nodes(model)
-    ignored = onnxfile.match_nodes(model, config.ignore, where="ptq: ignore")
+    onnxgraph.name_nodes(model)
+    ignored = onnxgraph.match_nodes(model, config.ignore, where="ptq: ignore")
     notes: list[str] = []
     with quiet.listening(notes):
         model, version = _quantize(model, samples, config, ignored=ignored, input_name=inputs[0].name)
@@ -120,15 +119,16 @@ def _left_over(model: onnx.ModelProto, ignored: list[str]) -> list[str]:
     ]
 
 
-def _samples(config: Config, context: MethodContext, *, shape: tuple[int | None, ...]) -> list[np.ndarray]:
+def _samples(config: Config, context: MethodContext, *, shape: tuple[int | str, ...]) -> list[np.ndarray]:
     """float32 [1, ...] each: the first `config.samples`, checked."""
     import numpy as np
 
     wanted = config.samples or ENOUGH
     found: list[np.ndarray] = []
     for batch in context.calibration():
-        want = [size or "n" for size in shape]
-        if batch.ndim != len(shape) or any(w not in (None, g) for w, g in zip(shape[1:], batch.shape[1:], strict=True)):
+        want = [size if isinstance(size, int) else "n" for size in shape]
+        fixed = [(w, g) for w, g in zip(shape[1:], batch.shape[1:], strict=False) if isinstance(w, int)]
+        if batch.ndim != len(shape) or any(w != g for w, g in fixed):
             raise DataError(f"calibration samples have the shape {list(batch.shape)}, the model takes {want}")
         if not np.isfinite(batch).all():
             raise DataError(
@@ -155,9 +155,9 @@ def _quantize(
     model: onnx.ModelProto, samples: list[np.ndarray], config: Config, *, ignored: list[str], input_name: str
 ) -> tuple[onnx.ModelProto, str]:
     """NNCF's result with int8 weights, and NNCF's version."""
-    from bmctl.engine import quiet, telemetry
+    from bmctl.core import quiet
 
-    telemetry.switch_off()
+    quiet.switch_off_telemetry()
     with quiet.listening([]):  # torch remarks on compilers and CUDA when NNCF loads its extensions
         import nncf
 

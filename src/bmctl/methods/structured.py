@@ -79,8 +79,8 @@ def apply(model: nn.Module, config: Config, context: MethodContext) -> Meta:
         UnsupportedError: The model cannot be traced, nothing is left to prune, or nothing would be left of a layer.
         RecipeError: A pattern of `ignore` matches no layer.
     """
-    from bmctl.engine.modules import masks
-    from bmctl.engine.modules.layers import deterministic, evaluating
+    from bmctl.core import masks
+    from bmctl.core.layers import deterministic, evaluating
 
     before = _describe(model)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
@@ -115,8 +115,8 @@ def restore(model: nn.Module, config: Config, meta: Meta) -> None:
     Raises:
         PackageError: The meta does not fit the model.
     """
-    from bmctl.engine.modules import masks
-    from bmctl.engine.modules.layers import get_layer
+    from bmctl.core import masks
+    from bmctl.core.layers import get_layer
     from bmctl.errors import PackageError
 
     for name, attributes in meta["attributes"].items():
@@ -163,9 +163,9 @@ def _resize(module: nn.Module, key: str, shape: list[int], *, name: str) -> None
 
 def _prune(model: nn.Module, config: Config, example: torch.Tensor) -> dict[str, list[int]]:
     """{group: [channels before, channels after]}."""
-    from bmctl.engine.compression import channels
-    from bmctl.engine.modules.layers import matching, weight_layers
+    from bmctl.core.layers import matching, weight_layers
     from bmctl.errors import UnsupportedError
+    from bmctl.methods import channels
 
     layers = weight_layers(model)
     ignored = [layers[name] for name in sorted(matching(list(layers), config.ignore, key="structured.ignore"))]
@@ -200,7 +200,7 @@ def _mend(model: nn.Module) -> None:
     """Sizes that models keep as plain numbers and read in views, which torch-pruning does not know."""
     from torch import nn
 
-    from bmctl.engine.compression.channels import attentions
+    from bmctl.methods.channels import attentions
 
     for attention, qkv in attentions(model).items():
         head_dim = qkv.out_features // (3 * attention.num_heads)

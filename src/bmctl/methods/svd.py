@@ -71,8 +71,8 @@ def apply(model: nn.Module, config: Config, context: MethodContext) -> Meta:
         UnsupportedError: No layer gets smaller, or the model does not run with its factors.
         RecipeError: A pattern matches no layer.
     """
-    from bmctl.engine.modules.layers import deterministic, replace_layer
-    from bmctl.engine.modules.masks import has_mask
+    from bmctl.core.layers import deterministic, replace_layer
+    from bmctl.core.masks import has_mask
     from bmctl.errors import UnsupportedError
 
     layers, kept = _chosen(model, config, context)
@@ -105,7 +105,7 @@ def restore(model: nn.Module, config: Config, meta: Meta) -> None:
     """
     from torch import nn
 
-    from bmctl.engine.modules.layers import get_layer, replace_layer
+    from bmctl.core.layers import get_layer, replace_layer
     from bmctl.errors import PackageError
 
     for name, rank in meta["layers"].items():
@@ -124,7 +124,7 @@ def _chosen(model: nn.Module, config: Config, context: MethodContext) -> tuple[d
     """Layers to factorise, and why each other one is left."""
     from torch import nn
 
-    from bmctl.engine.modules.layers import Factors, matching, weight_layers
+    from bmctl.core.layers import Factors, matching, weight_layers
 
     everything = weight_layers(model)
     names = list(everything)
@@ -156,7 +156,7 @@ def _called(model: nn.Module, example: torch.Tensor) -> set[str]:
     """Names of the submodules that a forward pass calls."""
     import torch
 
-    from bmctl.engine.modules.layers import evaluating
+    from bmctl.core.layers import evaluating
 
     called: set[str] = set()
     handles = [
@@ -215,7 +215,7 @@ def _empty(layer: Any, rank: int) -> Any:
     from torch import nn
     from torch.nn.utils import skip_init
 
-    from bmctl.engine.modules.layers import Factors
+    from bmctl.core.layers import Factors
 
     place = {"device": layer.weight.device, "dtype": layer.weight.dtype}
     bias = layer.bias is not None
@@ -234,7 +234,7 @@ def _empty(layer: Any, rank: int) -> Any:
 def _check_runs(model: nn.Module, example: torch.Tensor) -> None:
     import torch
 
-    from bmctl.engine.modules.layers import evaluating
+    from bmctl.core.layers import evaluating
     from bmctl.errors import UnsupportedError
 
     try:

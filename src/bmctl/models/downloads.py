@@ -10,7 +10,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from bmctl.errors import DependencyError, PackageError
+from bmctl.errors import DependencyError, PackageError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ def from_hub(name: str) -> Iterator[None]:
             f"{name}: the hub has no such model", hint="look for it on https://huggingface.co"
         ) from error
     except (OSError, HTTPError, HfHubHTTPError) as error:
-        state = "HF_HUB_OFFLINE is set and it is not in the cache" if is_offline() else _first_line(error)
+        state = "HF_HUB_OFFLINE is set and it is not in the cache" if is_offline() else first_line(error)
         raise DependencyError(f"{name}: cannot be downloaded ({state})", hint=_HINT) from error
 
 
@@ -79,7 +79,7 @@ def fetch_weights(url: str, *, sha256_prefix: str) -> dict[str, torch.Tensor]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError) as error:
-        raise PackageError(f"{path}: not a plain state dict ({_first_line(error)})") from error
+        raise PackageError(f"{path}: not a plain state dict ({first_line(error)})") from error
 
 
 def _download(url: str, *, path: Path) -> None:
@@ -98,7 +98,7 @@ def _download(url: str, *, path: Path) -> None:
                 shutil.copyfileobj(answer, file)
         except OSError as error:
             temporary.unlink()
-            raise DependencyError(f"{url}: cannot be downloaded ({_first_line(error)})", hint=_HINT) from error
+            raise DependencyError(f"{url}: cannot be downloaded ({first_line(error)})", hint=_HINT) from error
     temporary.replace(path)
 
 
@@ -107,7 +107,3 @@ def _sha256(path: Path) -> str:
 
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

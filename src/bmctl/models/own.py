@@ -1,4 +1,4 @@
-"""``bmctl:NAME``: the small networks of engine/modules/networks.py."""
+"""``bmctl:NAME``: the small networks of models/networks.py."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def build(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
     Raises:
         RecipeError: An argument that the model does not take or of the wrong kind; `pretrained`; tiny images.
     """
-    from bmctl.engine.modules.networks import MLP, ResCNN
+    from bmctl.models.networks import MLP, ResCNN
 
     name = bare_name(spec.name)
     if pretrained:

@@ -16,7 +16,6 @@ from bmctl.recipe.draft import Draft, apply_override, check_variables, expand, m
 from bmctl.recipe.plan import describe
 from bmctl.recipe.sections import (
     BackendConfig,
-    BatchProfile,
     CalibConfig,
     DataConfig,
     ExportConfig,
@@ -35,7 +34,7 @@ from bmctl.recipe.shape import DEFAULT_KIND, recipe_schema
 from bmctl.recipe.yamlio import read_yaml, yaml_text
 
 __all__ = [
-    "BackendConfig", "BatchProfile", "CalibConfig", "DataConfig", "ExportConfig", "GatesConfig", "InferConfig",
+    "BackendConfig", "CalibConfig", "DataConfig", "ExportConfig", "GatesConfig", "InferConfig",
     "LaunchConfig", "MeasureConfig", "PreprocessConfig", "Recipe", "SourceConfig", "SplitConfig", "Step", "TaskConfig",
     "bare_recipe", "builtin_recipes", "describe", "find_recipe", "load_recipe", "recipe_schema", "recipe_yaml",
 ]  # fmt: skip

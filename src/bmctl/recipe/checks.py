@@ -10,8 +10,9 @@ from bmctl.backends import BACKENDS
 from bmctl.fit import Fit
 from bmctl.methods import METHODS
 from bmctl.recipe.diagnosis import did_you_mean, own_models, shown
-from bmctl.recipe.sections import BatchProfile, ExportConfig, LaunchConfig, MeasureConfig
+from bmctl.recipe.sections import ExportConfig, LaunchConfig, MeasureConfig
 from bmctl.recipe.yamlio import KeyPath
+from bmctl.schema import BATCH, Span
 
 T = TypeVar("T")
 Found = Iterator[tuple[KeyPath, str, str]]
@@ -26,7 +27,7 @@ def check_sections(data: Mapping[str, Any]) -> Found:
     yield from check_needs(data)
     yield from check_launch(data)
     yield from check_loops(data)
-    yield from check_batches(data)
+    yield from check_axes(data)
     yield from check_steps(data)
     yield from check_images(data)
 
@@ -117,25 +118,21 @@ def check_loop(path: KeyPath, fit: Mapping[str, Any], data: Mapping[str, Any]) -
         yield (*path, "precision"), "tf32 is a format of NVIDIA GPUs, and launch.device is cpu", "set it to auto"
 
 
-def check_batches(data: Mapping[str, Any]) -> Found:
-    """Batches that an engine is built for."""
-    batch = ("export", "batch")
-    default = BatchProfile()
-    low = get(data, (*batch, "min"), int, default.min)
-    best = get(data, (*batch, "opt"), int, default.opt)
-    high = get(data, (*batch, "max"), int, default.max)
-    if not low <= best <= high:
-        yield (
-            batch,
-            f"must be min <= opt <= max, got {low}, {best}, {high}",
-            f"batch: {{min: 1, opt: {low}, max: {high}}}",
-        )
+def check_axes(data: Mapping[str, Any]) -> Found:
+    """Sizes that an engine is built for."""
+    axes = {BATCH: {}} | get(data, ("export", "axes"), dict, {})
+    for axis, span in axes.items():
+        low, best, high = (get(axes, (axis, key), int, getattr(Span(), key)) for key in ("min", "opt", "max"))
+        if isinstance(span, Mapping) and not low <= best <= high:
+            message = f"must be min <= opt <= max, got {low}, {best}, {high}"
+            yield ("export", "axes", axis), message, f"{axis}: {{min: 1, opt: {max(low, 1)}, max: {max(low, high)}}}"
+    low, high = (get(axes, (BATCH, key), int, getattr(Span(), key)) for key in ("min", "max"))
     measured = get(data, ("export", "measure", "batch_size"), int, MeasureConfig().batch_size)
     backends = get(data, ("export", "backends"), list, list(ExportConfig().backends))
     engines = [b["name"] for b in backends if isinstance(b, dict) and str(b.get("name")).startswith("tensorrt")]
     if engines and low <= high and not low <= measured <= high:
         message = f"{measured} is outside the batch profile {low} to {high} that {engines[0]} builds for"
-        yield ("export", "measure", "batch_size"), message, "set export.batch.max or export.measure.batch_size"
+        yield ("export", "measure", "batch_size"), message, "set export.axes.batch.max or export.measure.batch_size"
 
 
 def check_steps(data: Mapping[str, Any]) -> Found:

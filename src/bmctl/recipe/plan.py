@@ -8,7 +8,7 @@ from typing import Any
 from bmctl.fit import Fit
 from bmctl.methods.ptq import ENOUGH
 from bmctl.recipe.sections import GatesConfig, Recipe
-from bmctl.schema import Strict
+from bmctl.schema import BATCH, Strict
 
 
 def describe(recipe: Recipe) -> list[tuple[str, str]]:
@@ -72,9 +72,10 @@ def step_text(step: Any, recipe: Recipe) -> str:
 
 def export_text(recipe: Recipe) -> str:
     export = recipe.export
-    batch, measure = export.batch, export.measure
+    measure = export.measure
     text = ", ".join(words(backend) for backend in export.backends)
-    text += f"; batches of {batch.min} to {batch.max}, best at {batch.opt}"
+    for axis, span in export.axes.items():
+        text += f"; {'batches' if axis == BATCH else axis} of {span.min} to {span.max}, best at {span.opt}"
     text += f"; measured at {measure.batch_size} in {measure.rounds} rounds"
     return text + (", beside the uncompressed model" if export.baseline and recipe.compress else "")
 

@@ -10,10 +10,11 @@ from bmctl.backends import BACKENDS
 from bmctl.fit import Fit
 from bmctl.methods import METHODS
 from bmctl.models import ModelConfig
-from bmctl.schema import Count, Many, Positive, Ratio, Strict
+from bmctl.schema import BATCH, Count, Many, Positive, Ratio, Span, Strict
 from bmctl.sources import SOURCES
 from bmctl.tasks import TASKS
 
+AxisName = Annotated[str, Field(min_length=1, max_length=100)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}$")]
 
 # The plug-in tables are the single source of what a recipe may name; type checkers cannot read a table.
@@ -157,23 +158,21 @@ class MeasureConfig(Strict):
     rounds: Annotated[int, Field(ge=3, le=1000)] = 15
 
 
-class BatchProfile(Strict):
-    """Smallest, most common and largest batch that an engine is built for."""
-
-    min: Count = 1
-    opt: Count = 8
-    max: Count = 64
-
-
 class ExportConfig(Strict):
     """Attributes:
+    axes: Smallest, most common and largest size of each free axis of the graphs, by its name.
     baseline: Export and measure the run's first package as well, so that gains are against something.
     """
 
     backends: Many[BackendConfig] = ()
-    batch: BatchProfile = BatchProfile()
+    axes: dict[AxisName, Span] = Field(default_factory=dict, validate_default=True)
     baseline: bool = True
     measure: MeasureConfig = MeasureConfig()
+
+    @field_validator("axes")
+    @classmethod
+    def batch_by_default(cls, axes: dict[str, Span]) -> dict[str, Span]:
+        return {BATCH: Span()} | axes
 
 
 class InferConfig(Strict):

@@ -32,7 +32,7 @@ from bmctl.report.rows import (
 )
 
 if TYPE_CHECKING:
-    from bmctl.engine.evaluation.scores import Scored
+    from bmctl.core.scores import Scored
 
 __all__ = [
     "Comparison",
@@ -129,7 +129,7 @@ def _read_manifest(directory: Path) -> Manifest:
 
 
 def _read_evaluations(found: _Found) -> None:
-    from bmctl.engine.evaluation import scores
+    from bmctl.core import scores
 
     for path, scored in scores.read_all(found.run):
         if isinstance(scored, str):
@@ -226,7 +226,7 @@ def _manifest_metric(value: Mapping[str, Any] | None) -> Metric | None:
 
 
 def _with_metrics(found: _Found, row: Row) -> Row:
-    from bmctl.engine.evaluation.scores import unpack
+    from bmctl.core.scores import unpack
 
     metrics = {}
     for split in ("val", "test"):
@@ -241,8 +241,8 @@ def _with_metrics(found: _Found, row: Row) -> Row:
 
 
 def _with_drop(found: _Found, row: Row, *, versus: Row) -> Row:
-    from bmctl.engine.evaluation.scores import unpack_scores
-    from bmctl.engine.evaluation.stats import paired_interval
+    from bmctl.core.scores import unpack_scores
+    from bmctl.core.stats import paired_interval
 
     if row.name == versus.name:
         return row
@@ -296,7 +296,7 @@ def _with_speed(found: _Found, row: Row, timings: Mapping[str, Timing]) -> Row:
 
 def _speedup(found: _Found, row: str, versus: str, timings: Mapping[str, Timing]) -> Comparison | None:
     """How many times faster `row` is: ratio of the medians of the same rounds."""
-    from bmctl.engine.evaluation.stats import ratio_interval
+    from bmctl.core.stats import ratio_interval
 
     if versus not in timings:
         return None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from bmctl.report.rows import Comparison, Metric, Report, Row
 
 if TYPE_CHECKING:
-    from bmctl.tasks import Evaluation
+    from bmctl.core.evaluation import Evaluation
 
 NOTHING = "-"
 
@@ -221,7 +221,7 @@ def summary(report: Report) -> list[str]:
 
 def metric_of(found: Evaluation) -> Metric:
     """An evaluation as a report's number, with its interval."""
-    from bmctl.engine.evaluation.stats import is_binary, mean_interval
+    from bmctl.core.stats import is_binary, mean_interval
 
     low, high = mean_interval(found.scores)
     return Metric(found.metric, found.value, low, high, len(found.scores), found.baseline, is_binary(found.scores))

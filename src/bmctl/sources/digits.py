@@ -29,7 +29,7 @@ def open(config: Config, *, split: str) -> ArraySamples:
 def _load() -> dict[str, ArraySamples]:
     import numpy as np
 
-    from bmctl.engine.loading.chance import carve
+    from bmctl.core.chance import carve
     from bmctl.errors import DependencyError
 
     try:

@@ -44,7 +44,7 @@ def open(config: Config, *, split: str) -> ArraySamples:
     """
     import numpy as np
 
-    from bmctl.engine.loading.chance import carve
+    from bmctl.core.chance import carve
 
     root, prefix = Path(resolve_env(config.root)), _PREFIX[split]
     if not root.is_dir():

@@ -57,7 +57,7 @@ class Layout:
         from io import BytesIO
 
         if self.is_json:
-            from bmctl.engine.loading.images import read
+            from bmctl.core.images import read
 
             try:
                 body = base64.b64decode(json.loads(line)["image"], validate=True)

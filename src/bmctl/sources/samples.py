@@ -62,7 +62,7 @@ class FileSamples:
 
     def pictures(self, indices: Sequence[int] | np.ndarray) -> list[Image.Image]:
         """The same as Pillow holds them, of mode L or RGB: scaling is cheaper on these."""
-        from bmctl.engine.loading.images import read_file
+        from bmctl.core.images import read_file
 
         return [read_file(self.paths[index]) for index in indices]
 
@@ -178,7 +178,7 @@ def pick(
     """
     import numpy as np
 
-    from bmctl.engine.loading.chance import carve
+    from bmctl.core.chance import carve
 
     ratios = {name: getattr(config, name) for name in ("val", "test") if name not in splits}
     pool = np.flatnonzero(splits == "train")

@@ -105,7 +105,7 @@ class TarSamples:
 
     def pictures(self, indices: Sequence[int] | np.ndarray) -> list[Image.Image]:
         """The same as Pillow holds them, of mode L or RGB."""
-        from bmctl.engine.loading.images import read
+        from bmctl.core.images import read
 
         descriptors: dict[int, int] = {}
         try:

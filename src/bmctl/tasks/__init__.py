@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Protocol
 
+from bmctl.core.evaluation import Evaluation
 from bmctl.schema import Strict
 from bmctl.tasks import classify
 
@@ -17,25 +17,6 @@ if TYPE_CHECKING:
 
 Part = Callable[["np.ndarray"], "np.ndarray"]
 """A graph as a function of arrays: eager module, ONNX file and engine all look like this to a metric."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What one artifact is worth on one split.
-
-    Attributes:
-        metric: Name of the task's metric, larger is better.
-        value: Its value.
-        scores: Per sample, float32 [N]; `value` is their mean. Paired intervals are taken on these.
-        baseline: What a trivial predictor gets on the same split.
-        extra: Further numbers, such as the loss.
-    """
-
-    metric: str
-    value: float
-    scores: np.ndarray
-    baseline: float
-    extra: Mapping[str, float]
 
 
 class Task(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
+from bmctl.core.evaluation import Evaluation
 from bmctl.schema import Ratio, Strict
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from bmctl.tasks import Evaluation, Part
+    from bmctl.tasks import Part
 
 METRIC = "accuracy"
 
@@ -79,7 +80,6 @@ def evaluate(
     import numpy as np
 
     from bmctl.errors import DataError
-    from bmctl.tasks import Evaluation
 
     model = parts["model"]
     predicted, target, losses = [], [], []

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from bmctl.engine.artifacts import graph
-from bmctl.engine.modules.networks import ResCNN
 from bmctl.errors import GateError, UnsupportedError
+from bmctl.models.networks import ResCNN
 
 
 def network() -> nn.Module:

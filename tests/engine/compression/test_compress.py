@@ -14,13 +14,12 @@ import pytest
 import torch
 
 from bmctl import models, package
+from bmctl.core import masks
+from bmctl.core.scores import read_all
 from bmctl.engine.compression import compress, step
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import appraise
-from bmctl.engine.evaluation.scores import read_all
-from bmctl.engine.modules import masks
 from bmctl.engine.parallel import join
-from bmctl.engine.processes.signals import Stop
 from bmctl.engine.training.train_stage import train_stage
 from bmctl.errors import (
     InterruptedRunError,
@@ -31,6 +30,7 @@ from bmctl.errors import (
     UsageError,
 )
 from bmctl.package import ModelPackage
+from bmctl.processes.signals import Stop
 from bmctl.recipe import LaunchConfig, Recipe
 
 RECOVER = {"fit": {"epochs": 1, "batch_size": 16, "max_steps": 3, "precision": "fp32"}}

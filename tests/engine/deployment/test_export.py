@@ -26,7 +26,6 @@ from bmctl.engine.context import StageContext
 from bmctl.engine.deployment import export
 from bmctl.engine.evaluation.evaluate import eager_part
 from bmctl.engine.parallel import Group
-from bmctl.engine.processes.signals import Stop
 from bmctl.errors import (
     DependencyError,
     GateError,
@@ -39,6 +38,7 @@ from bmctl.errors import (
 from bmctl.methods import ptq
 from bmctl.models import ModelSpec, build
 from bmctl.package import Manifest, ModelPackage, load_model, save_package
+from bmctl.processes.signals import Stop
 from bmctl.recipe import Recipe, recipe_yaml
 from bmctl.schema import Preprocess, TensorSpec
 
@@ -52,7 +52,7 @@ def recipe(**changes: Any) -> Recipe:
         "model": {"name": "bmctl:mlp"},
         "data": {"source": {"kind": "bundled"}, "val": {"limit": 100}},
         "task": {"kind": "classify"},
-        "export": {"batch": {"min": 1, "opt": 2, "max": 16}},
+        "export": {"axes": {"batch": {"min": 1, "opt": 2, "max": 16}}},
     }
     return Recipe.model_validate_json(json.dumps(fields | changes))
 
@@ -202,7 +202,7 @@ def test_nothing_is_built_twice(
 
 @pytest.mark.parametrize(
     ("config", "changes"),
-    [(onnxruntime.Config(threads=1), {}), (ORT, {"export": {"batch": {"min": 1, "opt": 2, "max": 8}}})],
+    [(onnxruntime.Config(threads=1), {}), (ORT, {"export": {"axes": {"batch": {"min": 1, "opt": 2, "max": 8}}}})],
 )
 def test_other_inputs_need_overwrite(again: Callable[..., Any], config: Any, changes: dict[str, Any]) -> None:
     with pytest.raises(ResourceError, match="nothing finished is overwritten"):

@@ -20,6 +20,7 @@ from tests.engine.runs import Seen, make_context, make_recipe
 
 import bmctl
 from bmctl.backends import BACKENDS
+from bmctl.core.images import decode, prepare
 from bmctl.engine.artifacts.deployed import SAMPLE, open_deployed
 from bmctl.engine.deployment import choose
 from bmctl.engine.deployment.export import export_package
@@ -27,7 +28,6 @@ from bmctl.engine.deployment.infer import COLUMNS, Prediction, predict, to_csv, 
 from bmctl.engine.deployment.requests import MAX_NPZ_BYTES, open_requests
 from bmctl.engine.evaluation.evaluate import eager_part
 from bmctl.engine.loading.data import open_split
-from bmctl.engine.loading.images import decode, prepare
 from bmctl.engine.training.train_stage import train_stage
 from bmctl.errors import (
     BmctlError,

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from bmctl.backends import onnxruntime
+from bmctl.core import scores
+from bmctl.core.evaluation import Evaluation
 from bmctl.engine.artifacts.graph import export_onnx
 from bmctl.engine.context import StageContext
-from bmctl.engine.evaluation import scores
 from bmctl.engine.evaluation.evaluate import (
     eager_part,
     evaluate_artifact,
@@ -27,13 +28,12 @@ from bmctl.engine.evaluation.evaluate import (
 )
 from bmctl.engine.loading.data import array_batches, open_split
 from bmctl.engine.parallel import Group
-from bmctl.engine.processes.signals import Stop
 from bmctl.errors import DivergedError, GateError, InterruptedRunError, PackageError, UsageError
 from bmctl.models import ModelSpec, build
 from bmctl.package import Manifest, ModelPackage, save_package
+from bmctl.processes.signals import Stop
 from bmctl.recipe import Recipe
 from bmctl.schema import Preprocess, TensorSpec
-from bmctl.tasks import Evaluation
 
 PREPROCESS = Preprocess(size=(8, 8), channels=1, mean=(0.5,), std=(0.5,))
 HASH = "ab" * 32

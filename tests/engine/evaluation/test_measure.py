@@ -12,7 +12,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from bmctl.engine import memory
+from bmctl.core import memory
 from bmctl.engine.artifacts.graph import export_onnx
 from bmctl.engine.evaluation import measure
 

@@ -67,7 +67,7 @@ elif HERE and AT and not AGAIN:
 
     disk.reach = faulty_reach
 elif (HERE or KIND == "gate") and not AGAIN:
-    from bmctl.engine.processes.heartbeat import Heart
+    from bmctl.processes.heartbeat import Heart
 
     beat, struck = Heart.beat, []
 

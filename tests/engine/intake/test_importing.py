@@ -23,14 +23,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bmctl import models, package
+from bmctl.core import images
 from bmctl.engine.context import StageContext
 from bmctl.engine.intake import statedict
 from bmctl.engine.intake.importing import import_stage
-from bmctl.engine.loading import images
 from bmctl.engine.parallel import Group
-from bmctl.engine.processes.signals import Stop
 from bmctl.errors import BmctlError, DataError, PackageError, RecipeError, ResourceError, UnsupportedError, UsageError
 from bmctl.models import ModelSpec
+from bmctl.processes.signals import Stop
 from bmctl.recipe import Recipe
 
 TINY = "torchvision:squeezenet1_1"
@@ -520,7 +520,7 @@ def in_new_process(code: str, *, home: Path, endpoint: str, **environment: str) 
     from bmctl.engine.context import StageContext
     from bmctl.engine.intake.importing import import_stage
     from bmctl.engine.parallel import Group
-    from bmctl.engine.processes.signals import Stop
+    from bmctl.processes.signals import Stop
     from bmctl.errors import BmctlError
     from bmctl.package import load_model
     from bmctl.recipe import Recipe

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
+from bmctl.core import images
+from bmctl.core.chance import uniform
 from bmctl.engine.loading import augment as module
-from bmctl.engine.loading import images
 from bmctl.engine.loading.augment import augment, crop_boxes
-from bmctl.engine.loading.chance import uniform
 from bmctl.recipe.sections import AugmentConfig, CropConfig
 from bmctl.schema import Preprocess
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from bmctl import models
-from bmctl.engine.modules.masks import set_mask
+from bmctl.core.masks import set_mask
 from bmctl.engine.training.groups import layer_scales, matrices, parameter_groups, undecayed
 from bmctl.engine.training.optim import build_optimizer
 from bmctl.errors import RecipeError

@@ -11,11 +11,11 @@ import pytest
 import torch
 from tests.engine.runs import Seen, fit, make_context, make_model, make_recipe, steps
 
-from bmctl.engine.processes.signals import Stop
 from bmctl.engine.training import train, validation
 from bmctl.engine.training.schedule import learning_rate
 from bmctl.errors import DataError, DivergedError, InterruptedRunError, PackageError, PreemptedError, UsageError
 from bmctl.fit import Distill
+from bmctl.processes.signals import Stop
 
 
 @pytest.fixture(params=["adamw", "sgd", "adam", "rmsprop"])

@@ -10,11 +10,11 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from bmctl import __version__, store
-from bmctl.backends import BACKENDS, Runner
+from bmctl.backends import BACKENDS
+from bmctl.core.runner import Runner
 from bmctl.engine.artifacts.parity import Parity
 from bmctl.errors import PackageError
-from bmctl.recipe import BatchProfile
-from bmctl.schema import Many, Preprocess, Strict, TensorSpec
+from bmctl.schema import Many, Preprocess, Signature, Span, Strict, TensorSpec
 from bmctl.store import FileRecord
 
 SAMPLE = "sample.safetensors"
@@ -29,7 +29,7 @@ class DeployManifest(Strict):
         config: Of the backend.
         package: Hash of the package that it was built from.
         artifact: Name of its file.
-        batch: What it was asked to serve; backends with a free batch take any.
+        axes: Sizes that it was asked to serve; backends that leave axes free take any.
         precision: Of the graph: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
         status: Whether it ran where it was built.
         reason: Why it was not run.
@@ -45,7 +45,7 @@ class DeployManifest(Strict):
     config: dict[str, Any]
     package: str
     artifact: str
-    batch: BatchProfile
+    axes: dict[str, Span]
     inputs: Many[TensorSpec]
     outputs: Many[TensorSpec]
     preprocess: Preprocess | None
@@ -104,5 +104,7 @@ def open_runner(deployed: Deployed) -> Runner:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise PackageError(f"{deployed.path}: its configuration is not valid: {where}: {first['msg']}") from error
-    runner: Runner = module.open(deployed.artifact, config=config, meta=deployed.manifest.meta)
+    about = deployed.manifest
+    signature = Signature(inputs=about.inputs, outputs=about.outputs)
+    runner: Runner = module.open(deployed.artifact, config=config, signature=signature, meta=about.meta)
     return runner

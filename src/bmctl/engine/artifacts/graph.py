@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from bmctl.backends import onnxruntime
+from bmctl.core import onnxgraph
+from bmctl.core.quiet import listening
 from bmctl.engine.artifacts import parity
-from bmctl.engine.quiet import listening
-from bmctl.errors import BmctlError, GateError, UnsupportedError
+from bmctl.errors import BmctlError, GateError, UnsupportedError, first_line
 
 OPSET = 18
 """The exporter's own opset: nothing has to be converted, and every runtime and NNCF take it."""
@@ -62,7 +63,7 @@ def export_onnx(
     notes: list[str] = []
     with listening(notes):
         proto = _convert(model, example, input_name=input_name, output_name=output_name)
-    tidy(proto)
+    onnxgraph.tidy(proto)
     part = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     try:
         part.write_bytes(proto.SerializeToString(deterministic=True))
@@ -71,27 +72,6 @@ def export_onnx(
     finally:
         part.unlink(missing_ok=True)
     return tuple(notes)
-
-
-def tidy(proto: onnx.ModelProto) -> None:
-    """Drop what says how and where the graph was made: stack traces, source paths, exporter notes, doc strings."""
-    graphs = [proto.graph]
-    proto.ClearField("metadata_props")
-    proto.ClearField("doc_string")
-    while graphs:
-        graph = graphs.pop()
-        for field in (graph, *graph.node, *graph.initializer, *graph.value_info, *graph.input, *graph.output):
-            field.ClearField("metadata_props")
-            field.ClearField("doc_string")
-        for attribute in (attribute for node in graph.node for attribute in node.attribute):
-            attribute.ClearField("doc_string")
-            graphs += [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs
-    for function in proto.functions:
-        function.ClearField("metadata_props")
-        function.ClearField("doc_string")
-        for node in function.node:
-            node.ClearField("metadata_props")
-            node.ClearField("doc_string")
 
 
 def _check_size(model: nn.Module, *, limit: int) -> None:
@@ -117,7 +97,7 @@ def _references(model: nn.Module, example: torch.Tensor) -> list[tuple[np.ndarra
         except Exception as error:  # any model of any source: its forward may raise anything
             raise UnsupportedError(
                 f"{type(model).__name__} does not run on a batch of {size}: "
-                f"{type(error).__name__}: {_first_line(error)}",
+                f"{type(error).__name__}: {first_line(error)}",
                 hint="its forward must take any batch size; look for a view or reshape with a fixed first dimension",
             ) from error
         if not isinstance(y, torch.Tensor):
@@ -168,7 +148,7 @@ def _unsupported(model: nn.Module, error: BaseException) -> UnsupportedError:
             hint="replace the branch by torch.where or torch.cond",
         )
     return UnsupportedError(
-        f"{name} cannot be exported to ONNX{at}: {type(causes[-1]).__name__}: {_first_line(causes[-1])}",
+        f"{name} cannot be exported to ONNX{at}: {type(causes[-1]).__name__}: {first_line(causes[-1])}",
         hint="run again with --debug for the exporter's own report",
     )
 
@@ -179,7 +159,7 @@ def _check_batches(path: Path, references: list[tuple[np.ndarray, np.ndarray]], 
     try:
         with onnxruntime.open(path, config=onnxruntime.Config(threads=torch.get_num_threads(), device="cpu")) as runner:
             for x, y in references:
-                trouble = trouble or _compare(y, runner.run({input_name: x})[runner.outputs[0].name])
+                trouble = trouble or _compare(y, runner.run({input_name: x})[runner.signature.outputs[0].name])
     except BmctlError as error:
         trouble = error.message.replace(str(path), "it")
     if trouble:
@@ -197,8 +177,3 @@ def _compare(y: np.ndarray, got: np.ndarray) -> str:
         return f"at batch {len(y)} it gives the shape {list(got.shape)}, the model {list(y.shape)}"
     result = parity.compare(y, got, tolerance=TOLERANCE, min_agreement=1.0, source="eager")
     return "" if result.passed else f"at batch {len(y)} it differs from the model: {result}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return re.sub(r"\x1b\[\d+m", "", lines[0])[:300] if lines else type(error).__name__

@@ -12,16 +12,17 @@ from pathlib import Path
 
 import onnx
 
-from bmctl.backends import Runner, onnxruntime
-from bmctl.engine.artifacts import onnxfile
-from bmctl.engine.artifacts.halfgraph import widen
+from bmctl.backends import onnxruntime
+from bmctl.core import onnxgraph
+from bmctl.core.halfgraph import widen
+from bmctl.core.runner import Runner
 
 
 @contextmanager
 def open_graph(path: Path, *, config: onnxruntime.Config | None = None) -> Iterator[Runner]:
     """A frozen package's graph, ready to run."""
     config = config or onnxruntime.Config()
-    if onnxfile.precision_of(path) != "bf16":
+    if onnxgraph.precision_of(path) != "bf16":
         with onnxruntime.open(path, config=config) as runner:
             yield runner
         return
@@ -36,7 +37,7 @@ def open_graph(path: Path, *, config: onnxruntime.Config | None = None) -> Itera
 def open_reference(path: Path) -> Iterator[tuple[Runner, str]]:
     """The graph as it stands, with nothing fused or rewritten, and the words for it."""
     words = "the graph on ONNX Runtime, as it stands"
-    if onnxfile.precision_of(path) == "bf16":
+    if onnxgraph.precision_of(path) == "bf16":
         words = "the same bf16 weights computed in fp32 on ONNX Runtime"
     with open_graph(path, config=onnxruntime.Config(optimization="none", device="cpu")) as runner:
         yield runner, words

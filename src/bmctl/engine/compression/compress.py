@@ -15,10 +15,10 @@ from bmctl.engine.compression.step import Work, leading, run_step
 from bmctl.engine.context import StageContext
 from bmctl.engine.loading.data import data_fingerprint
 from bmctl.engine.parallel import agree
-from bmctl.engine.processes.signals import interrupted
 from bmctl.errors import PreemptedError, UnsupportedError, UsageError
 from bmctl.methods import METHODS
 from bmctl.package import ModelPackage, adopt, list_packages, open_package
+from bmctl.processes.signals import interrupted
 
 FORMAT = 1
 """Part of every step's key: raised when a step's results change for the same inputs."""

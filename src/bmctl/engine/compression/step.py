@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from bmctl.core.evaluation import Evaluation
 from bmctl.engine.artifacts.graph import export_onnx
 from bmctl.engine.checkpoints.consolidate import About
 from bmctl.engine.context import StageContext
@@ -26,7 +27,7 @@ from bmctl.methods import METHODS, Meta, MethodContext
 from bmctl.package import Manifest, ModelPackage, Structure, derive, load_model, open_package, save_package
 from bmctl.recipe import recipe_yaml
 from bmctl.schema import Preprocess
-from bmctl.tasks import TASKS, Evaluation
+from bmctl.tasks import TASKS
 from bmctl.weights import save_weights
 
 CALIBRATION_BATCH = 64
@@ -241,7 +242,7 @@ def _method_context(work: Work) -> MethodContext:
         if not manifest.inputs:
             raise PackageError(f"{work.parent.path} records no inputs, and there are no data to try it on")
         work.note("no data: the step looks at noise of the input's shape")
-        shape = [dim or 1 for dim in manifest.inputs[0].shape[1:]]
+        shape = [dim if isinstance(dim, int) else 1 for dim in manifest.inputs[0].shape[1:]]
         noise = torch.from_numpy(np.random.default_rng(0).standard_normal((2, *shape), dtype=np.float32))
         return MethodContext(example=noise, calibration=lambda: iter(()), calibration_record={})
     split = open_split(recipe, name="calib", preprocess=preprocess)

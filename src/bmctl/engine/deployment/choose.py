@@ -16,13 +16,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from bmctl import store
-from bmctl.backends import BACKENDS, Runner, check_feed
-from bmctl.engine.artifacts import onnxfile, parity
+from bmctl.backends import BACKENDS
+from bmctl.core import onnxfile
+from bmctl.core.runner import Batched, Bounds, Runner, check_feed
+from bmctl.engine.artifacts import parity
 from bmctl.engine.artifacts.deployed import SAMPLE, Deployed, open_deployed, open_runner
 from bmctl.engine.evaluation import measure
 from bmctl.errors import DataError, DependencyError, PackageError, ResourceError, UnsupportedError, UsageError
 from bmctl.package import ModelPackage, find_package, load_model
-from bmctl.schema import Preprocess
+from bmctl.schema import Preprocess, Signature
 
 ROUNDS = 5
 EAGER = "eager"
@@ -113,33 +115,6 @@ def choose_runner(run: Path, *, backend: str = "auto", batch_size: int = 64) -> 
     return _serve(found, why=f"{backend}, as asked")
 
 
-def run_batch(runner: Runner, feed: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The first output [n, ...], in calls of the sizes that the runner takes.
-
-    A last call with too few samples repeats the last one, and the surplus outputs are cut off.
-
-    Args:
-        feed: Array [n, ...] per input name, n at least 1.
-    """
-    low, high = batch_bounds(runner)
-    num_samples = len(next(iter(feed.values())))
-    size = num_samples if high is None else min(num_samples, high)
-    parts = []
-    for start in range(0, num_samples, max(size, 1)):
-        part = {name: array[start : start + size] for name, array in feed.items()}
-        num = len(next(iter(part.values())))
-        if num < low:
-            part = {name: np.concatenate([a, np.repeat(a[-1:], low - num, axis=0)]) for name, a in part.items()}
-        parts.append(runner.run(part)[runner.outputs[0].name][:num])
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def batch_bounds(runner: Runner) -> tuple[int, int | None]:
-    """Smallest and largest batch of one call: the engine's profile, or the graph's own fixed batch."""
-    fixed = [spec.shape[0] for spec in runner.inputs if spec.shape and spec.shape[0] is not None]
-    return (max(fixed), min(fixed)) if fixed else runner.batch
-
-
 # -- a run's artifacts ------------------------------------------------------------------------------
 
 
@@ -158,10 +133,12 @@ def _fastest(package: ModelPackage, deployed: Sequence[Deployed], *, batch_size:
                 if one.manifest.package != package.hash:
                     raise PackageError(f"not built from the newest package, {package.path.name}")
                 runner = stack.enter_context(_open(one))
-                calls[one.path.name] = (runner, _check_sample(one, runner, batch_size=batch_size))
+                calls[one.path.name] = (Batched(runner), _check_sample(one, runner, batch_size=batch_size))
             except (DependencyError, PackageError, ResourceError, UnsupportedError) as error:
                 reasons.append(f"{one.path.name}: {error.message}")
-        times = measure.latency({n: functools.partial(run_batch, *call) for n, call in calls.items()}, rounds=ROUNDS)
+        times = measure.latency(
+            {n: functools.partial(runner.run, feed) for n, (runner, feed) in calls.items()}, rounds=ROUNDS
+        )
     if not calls:
         chosen = _open_package(package, backend="auto")
         return replace(chosen, why="; ".join([chosen.why, *reasons]))
@@ -174,10 +151,10 @@ def _fastest(package: ModelPackage, deployed: Sequence[Deployed], *, batch_size:
 
 def _check_sample(one: Deployed, runner: Runner, *, batch_size: int) -> dict[str, np.ndarray]:
     """Compare the runner with the artifact's recorded sample; returns a batch of `batch_size` made of it."""
-    source, target = runner.inputs[0].name, runner.outputs[0].name
+    source, target = runner.signature.inputs[0].name, runner.signature.outputs[0].name
     try:
         sample = load_file(one.path / SAMPLE)
-        got = run_batch(runner, {source: sample[source]})
+        got = Batched(runner).run({source: sample[source]})[target]
         result = _compare(one, sample[target], got)
     except (KeyError, ValueError, OSError, SafetensorError) as error:
         raise PackageError(f"its {SAMPLE} does not hold its inputs and outputs: {error}") from error
@@ -268,7 +245,7 @@ def _open_graph(path: Path, *, backend: str = "onnxruntime") -> Runner:
 
 
 class EagerRunner:
-    """A package's module in fp32, on the GPU where there is one; see backends.Runner."""
+    """A package's module in fp32, on the GPU where there is one; see core.runner.Runner."""
 
     def __init__(self, package: ModelPackage) -> None:
         import torch
@@ -277,14 +254,13 @@ class EagerRunner:
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._part = eager_part(load_model(package), device)
-        self.inputs = tuple(package.manifest.inputs)
-        self.outputs = tuple(package.manifest.outputs)
-        self.batch: tuple[int, int | None] = (1, None)
+        self.signature = Signature(inputs=package.manifest.inputs, outputs=package.manifest.outputs)
+        self.bounds: dict[str, Bounds] = {}
 
     def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One batch."""
-        checked = check_feed(feed, inputs=self.inputs, batch=self.batch)
-        return {self.outputs[0].name: self._part(checked[self.inputs[0].name])}
+        checked = check_feed(feed, inputs=self.signature.inputs)
+        return {self.signature.outputs[0].name: self._part(checked[self.signature.inputs[0].name])}
 
     def __enter__(self) -> Self:
         return self

@@ -16,8 +16,10 @@ import torch
 from safetensors.numpy import save_file
 
 from bmctl import store
-from bmctl.backends import BACKENDS, Runner
-from bmctl.engine.artifacts import onnxfile, parity
+from bmctl.backends import BACKENDS
+from bmctl.core import onnxfile, onnxgraph
+from bmctl.core.runner import Runner
+from bmctl.engine.artifacts import parity
 from bmctl.engine.artifacts.deployed import SAMPLE, Deployed, DeployManifest, open_deployed
 from bmctl.engine.artifacts.graph import export_onnx
 from bmctl.engine.artifacts.reference import open_reference
@@ -25,10 +27,10 @@ from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import measure
 from bmctl.engine.evaluation.evaluate import eager_part, runner_part
 from bmctl.engine.loading.data import array_batches, open_split
-from bmctl.engine.processes.signals import interrupted
 from bmctl.errors import GateError, ResourceError, UnsupportedError, UsageError
 from bmctl.package import ModelPackage, load_model
-from bmctl.schema import TensorSpec
+from bmctl.processes.signals import interrupted
+from bmctl.schema import Signature, TensorSpec
 
 STAGE = "export"
 NUM_COMPARED = 64
@@ -50,7 +52,7 @@ class Source:
     graph: Path
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    precision: onnxfile.Precision
+    precision: onnxgraph.Precision
     x: np.ndarray
     y: np.ndarray
     reference: str
@@ -112,8 +114,8 @@ def _finished(context: StageContext, package: ModelPackage, config: Any, target:
     if context.overwrite or not target.exists():
         return None
     one = open_deployed(target)
-    found = (one.manifest.package, one.manifest.config, one.manifest.batch)
-    if found != (package.hash, config.model_dump(mode="json"), context.recipe.export.batch):
+    found = (one.manifest.package, one.manifest.config, one.manifest.axes)
+    if found != (package.hash, config.model_dump(mode="json"), context.recipe.export.axes):
         raise ResourceError(
             f"{target} is there, built from another package or with other settings; nothing finished is overwritten",
             hint="add --overwrite to redo it",
@@ -131,7 +133,7 @@ def _source(context: StageContext, package: ModelPackage, folder: Path) -> Sourc
     if manifest.frozen:
         graph = package.graph
         onnxfile.check_onnx(graph)
-        inputs, outputs = onnxfile.read_specs(graph)
+        inputs, outputs = _specs(graph)
         x = _samples(context, package, inputs)
         with open_reference(graph) as (runner, reference):
             y = _run(runner, x)
@@ -150,10 +152,10 @@ def _source(context: StageContext, package: ModelPackage, folder: Path) -> Sourc
             raise
         for text in notes:
             context.emit({"event": "note", "stage": STAGE, "text": text})
-        inputs, outputs = onnxfile.read_specs(graph)
+        inputs, outputs = _specs(graph)
         y, reference = eager_part(model)(x), "eager"
     inputs, outputs = _with_meaning(inputs, manifest.inputs), _with_meaning(outputs, manifest.outputs)
-    return Source(graph, inputs, outputs, onnxfile.precision_of(graph), x, y, reference)
+    return Source(graph, inputs, outputs, onnxgraph.precision_of(graph), x, y, reference)
 
 
 def _samples(context: StageContext, package: ModelPackage, inputs: Sequence[TensorSpec]) -> np.ndarray:
@@ -166,7 +168,7 @@ def _samples(context: StageContext, package: ModelPackage, inputs: Sequence[Tens
     if len(inputs) != 1:
         raise UnsupportedError(f"{package.path} has {len(inputs)} inputs; parity is checked on graphs with one")
     context.emit({"event": "note", "stage": STAGE, "text": "no data: parity is checked on noise of the input's shape"})
-    shape = [NUM_COMPARED, *(size or 1 for size in inputs[0].shape[1:])]
+    shape = [NUM_COMPARED, *(size if isinstance(size, int) else 1 for size in inputs[0].shape[1:])]
     return np.random.default_rng(0).standard_normal(shape).astype(inputs[0].dtype)
 
 
@@ -179,11 +181,12 @@ def _with_meaning(found: Sequence[TensorSpec], known: Sequence[TensorSpec]) -> t
 
 
 def _deploy(context: StageContext, package: ModelPackage, source: Source, *, config: Any, target: Path) -> Deployed:
-    module, batch = BACKENDS[config.name], context.recipe.export.batch
+    module, axes = BACKENDS[config.name], context.recipe.export.axes
+    signature = Signature(inputs=source.inputs, outputs=source.outputs)
     context.emit({"event": "note", "stage": STAGE, "text": f"building {target}"})
     with store.publishing(target, overwrite=context.overwrite or _is_unproven(target)) as folder:
         artifact = folder / f"model{module.SUFFIX}"
-        meta = module.build(source.graph, config=config, batch=batch, out=artifact)
+        meta = module.build(source.graph, config=config, signature=signature, axes=axes, out=artifact)
         reason = module.unavailable(config)
         result = None if reason else _check_parity(module, artifact, config, meta, source, target=target)
         _save_sample(folder / SAMPLE, source)
@@ -192,7 +195,7 @@ def _deploy(context: StageContext, package: ModelPackage, source: Source, *, con
             config=config.model_dump(mode="json"),
             package=package.hash,
             artifact=artifact.name,
-            batch=batch,
+            axes=axes,
             inputs=source.inputs,
             outputs=source.outputs,
             preprocess=package.manifest.preprocess,
@@ -222,7 +225,8 @@ def _check_parity(
     module: ModuleType, artifact: Path, config: Any, meta: dict[str, Any], source: Source, *, target: Path
 ) -> parity.Parity:
     precision = _computed_in(config, meta, source.precision)
-    with module.open(artifact, config=config, meta=meta) as runner:
+    signature = Signature(inputs=source.inputs, outputs=source.outputs)
+    with module.open(artifact, config=config, signature=signature, meta=meta) as runner:
         got = _run(runner, source.x)
     result = parity.compare(
         source.y,
@@ -241,7 +245,7 @@ def _check_parity(
     return result
 
 
-def _computed_in(config: Any, meta: dict[str, Any], precision: onnxfile.Precision) -> onnxfile.Precision:
+def _computed_in(config: Any, meta: dict[str, Any], precision: onnxgraph.Precision) -> onnxgraph.Precision:
     """The coarsest precision that the backend computes in."""
     if precision == "fp32" and meta.get("precision") == "bf16":
         return "bf16"
@@ -249,12 +253,13 @@ def _computed_in(config: Any, meta: dict[str, Any], precision: onnxfile.Precisio
 
 
 def _run(runner: Runner, x: np.ndarray) -> np.ndarray:
-    """The outputs of all samples, in batches that the runner takes; a last short one is filled up."""
-    low, high = runner.batch
-    fixed = runner.inputs[0].shape[0]
-    size = fixed or min(len(x), high or len(x))
-    part = runner_part(runner, min_batch=fixed or low)
-    return np.concatenate([part(x[start : start + size]) for start in range(0, len(x), size)])
+    """The outputs of all samples, in batches that the runner takes."""
+    return runner_part(runner)(x)
+
+
+def _specs(graph: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    found = onnxgraph.read_signature(graph)
+    return found.inputs, found.outputs
 
 
 def _save_sample(path: Path, source: Source) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bmctl.engine.deployment.choose import Chosen, batch_bounds, choose_runner, open_source, run_batch
+from bmctl.core.runner import Batched, batch_axes
+from bmctl.engine.deployment.choose import Chosen, choose_runner, open_source
 from bmctl.engine.deployment.requests import OnBad, Requests, open_requests
 from bmctl.errors import DivergedError, PackageError, UnsupportedError
 from bmctl.schema import Emit
@@ -80,10 +81,10 @@ def predict(
     try:
         emit({"event": "note", "stage": "infer", "text": f"model: {chosen.why}"})
         _check_classifier(chosen)
-        _, high = batch_bounds(chosen.runner)
+        _, (_, high) = batch_axes(chosen.runner)
         requests = open_requests(
             inputs,
-            inputs=chosen.runner.inputs,
+            inputs=chosen.runner.signature.inputs,
             preprocess=chosen.preprocess,
             batch_size=min(batch_size, high or batch_size),
             on_bad=on_bad,
@@ -113,12 +114,12 @@ def to_csv(predictions: Iterable[Prediction]) -> Iterator[str]:
 
 
 def _check_classifier(chosen: Chosen) -> None:
-    outputs = chosen.runner.outputs
+    outputs = chosen.runner.signature.outputs
     if len(outputs) != 1 or len(outputs[0].shape) != 2:
         shapes = ", ".join(f"{spec.name!r} {list(spec.shape)}" for spec in outputs)
         raise UnsupportedError(f"the model gives {shapes}; a classifier gives one output [n, classes]")
     num_classes, num_names = outputs[0].shape[1], len(chosen.class_names)
-    if num_names and num_classes not in (None, num_names):
+    if num_names and isinstance(num_classes, int) and num_classes != num_names:
         raise PackageError(f"the model has {num_classes} classes, its manifest names {num_names}")
 
 
@@ -126,9 +127,10 @@ def _stream(chosen: Chosen, requests: Requests, *, top: int, emit: Emit) -> Iter
     start = told = time.monotonic()
     done = 0
     emit({"event": "start", "stage": "infer", "steps": requests.num_samples})
+    batched = Batched(chosen.runner)
     with chosen.runner:
         for batch in requests.batches:
-            logits = run_batch(chosen.runner, batch.feed)
+            logits = batched.run(batch.feed)[chosen.runner.signature.outputs[0].name]
             yield from _read(logits, names=batch.names, class_names=chosen.class_names, top=top)
             done += len(batch.names)
             now = time.monotonic()

@@ -46,7 +46,7 @@ def _time(context: StageContext, runnable: Sequence[Deployed]) -> None:
         runs = {}
         for one in runnable:
             runner = stack.enter_context(open_runner(one))
-            feed = {runner.inputs[0].name: _batch(context, one, size=config.batch_size)}
+            feed = {runner.signature.inputs[0].name: _batch(context, one, size=config.batch_size)}
             runs[str(one.path.relative_to(context.run / "deploy"))] = (runner.run, feed)
         if not runs:
             return
@@ -77,5 +77,5 @@ def _batch(context: StageContext, one: Deployed, *, size: int) -> np.ndarray:
     if context.recipe.data is not None and preprocess is not None:
         x, _ = next(iter(array_batches(open_split(context.recipe, name="val", preprocess=preprocess), batch_size=size)))
         return np.resize(x, (size, *x.shape[1:]))
-    shape = [size, *(dim or 1 for dim in spec.shape[1:])]
+    shape = [size, *(dim if isinstance(dim, int) else 1 for dim in spec.shape[1:])]
     return np.random.default_rng(0).standard_normal(shape).astype(spec.dtype)

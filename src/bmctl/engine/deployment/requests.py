@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 import bmctl
-from bmctl.engine.loading.images import decode, prepare
+from bmctl.core.images import decode, prepare
 from bmctl.errors import DataError
 from bmctl.schema import Emit, Preprocess, TensorSpec
 

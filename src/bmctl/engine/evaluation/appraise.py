@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from bmctl.core.evaluation import Evaluation
+from bmctl.core.stats import mean_interval
 from bmctl.engine.artifacts.reference import open_graph
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import measure
 from bmctl.engine.evaluation.evaluate import eager_part, evaluate_part, keep_evaluation, runner_part
-from bmctl.engine.evaluation.stats import mean_interval
 from bmctl.package import ModelPackage
 from bmctl.schema import Preprocess
-from bmctl.tasks import Evaluation, Part
+from bmctl.tasks import Part
 
 BATCH_SIZE = 16
 ROUNDS = 7

@@ -15,18 +15,19 @@ import torch
 from torch import nn
 
 from bmctl import store
-from bmctl.backends import Runner
+from bmctl.core import scores
+from bmctl.core.evaluation import Evaluation
+from bmctl.core.runner import Batched, Runner
 from bmctl.engine.artifacts.deployed import open_deployed, open_runner
 from bmctl.engine.artifacts.reference import open_graph
 from bmctl.engine.context import StageContext
-from bmctl.engine.evaluation import scores
 from bmctl.engine.loading.data import Split, array_batches, open_split
-from bmctl.engine.processes.signals import interrupted
 from bmctl.errors import DivergedError, GateError, UsageError
 from bmctl.package import find_package, load_model
+from bmctl.processes.signals import interrupted
 from bmctl.recipe import Recipe
 from bmctl.schema import Preprocess
-from bmctl.tasks import TASKS, Evaluation, Part
+from bmctl.tasks import TASKS, Part
 
 BATCH_SIZE = 64
 
@@ -44,20 +45,13 @@ def eager_part(model: nn.Module, device: torch.device | str = "cpu") -> Part:
     return part
 
 
-def runner_part(runner: Runner, *, min_batch: int = 1) -> Part:
-    """An open artifact's first input and first output as a function of arrays.
-
-    Args:
-        min_batch: Smallest batch that the artifact takes: a shorter one repeats its last sample, and the surplus
-            outputs are cut off.
-    """
-    source, target = runner.inputs[0].name, runner.outputs[0].name
+def runner_part(runner: Runner) -> Part:
+    """An open artifact's first input and first output as a function of arrays, of any number of samples."""
+    source, target = runner.signature.inputs[0].name, runner.signature.outputs[0].name
+    batched = Batched(runner)
 
     def part(x_BCHW: np.ndarray) -> np.ndarray:
-        num = len(x_BCHW)
-        if num < min_batch:
-            x_BCHW = np.concatenate([x_BCHW, np.repeat(x_BCHW[-1:], min_batch - num, axis=0)])
-        return runner.run({source: x_BCHW})[target][:num]
+        return batched.run({source: x_BCHW})[target]
 
     return part
 
@@ -129,9 +123,7 @@ def evaluate_artifact(context: StageContext, source: Path, *, split: str) -> Eva
         if known is not None:
             return known
         with open_runner(deployed) as runner:
-            part = runner_part(runner, min_batch=about.batch.min)
-            size = min(BATCH_SIZE, about.batch.max)
-            return evaluate_part(context, part, preprocess=preprocess, batch_size=size, **options)
+            return evaluate_part(context, runner_part(runner), preprocess=preprocess, **options)
     package = find_package(source)
     preprocess = _preprocess(package.path, package.manifest.preprocess)
     backend = "onnxruntime" if package.manifest.frozen else "eager"

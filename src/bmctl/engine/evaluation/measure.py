@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from bmctl.engine import memory
-from bmctl.engine.artifacts.graphsize import graph_macs, graph_num_params
+from bmctl.core import memory
+from bmctl.core.graphsize import graph_macs, graph_num_params
 
 __all__ = [
     "Latency",
@@ -80,7 +80,7 @@ def macs(model: nn.Module, example: torch.Tensor) -> int:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from bmctl.engine.modules.layers import evaluating
+    from bmctl.core.layers import evaluating
 
     counter = FlopCounterMode(display=False)
     # The fused attention kernel for CPUs has no formula in the counter; spelled out, its two products are counted.

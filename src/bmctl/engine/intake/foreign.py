@@ -5,16 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bmctl.backends import onnxruntime
-from bmctl.engine.artifacts import onnxfile
+from bmctl.core import onnxfile, onnxgraph
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import appraise, measure
-from bmctl.engine.evaluation.evaluate import evaluate_part, runner_part
 from bmctl.engine.intake.importing import STAGE, check_data, numbered, publish
 from bmctl.errors import DataError
 from bmctl.package import Manifest, ModelPackage
 from bmctl.schema import Preprocess, TensorSpec
-from bmctl.tasks import Evaluation
 
 
 def import_graph(context: StageContext, path: Path, *, key: str, target: Path) -> ModelPackage:
@@ -32,7 +29,8 @@ def import_graph(context: StageContext, path: Path, *, key: str, target: Path) -
         DataError: It does not fit the recipe's data.
     """
     onnxfile.check_onnx(path)
-    inputs, outputs = onnxfile.read_specs(path)
+    signature = onnxgraph.read_signature(path)
+    inputs, outputs = signature.inputs, signature.outputs
     preprocess = _preprocess(context, inputs, outputs, path=path)
     class_names, recorded = check_data(context, numbered(_last(outputs)), preprocess=preprocess, source=str(path))
     notes = [f"imported from {path}", *_notes(inputs)]
@@ -41,11 +39,11 @@ def import_graph(context: StageContext, path: Path, *, key: str, target: Path) -
     metrics: dict[str, Any] = {
         "num_params": measure.graph_num_params(path),
         "macs": measure.graph_macs(path),
-        "precision": onnxfile.precision_of(path),
+        "precision": onnxgraph.precision_of(path),
     }
     evaluation = None
     if preprocess is not None and appraise.has_metric(context, preprocess):
-        evaluation = _score(context, path, preprocess=preprocess, batch=inputs[0].shape[0])
+        evaluation = appraise.score_graph(context, path, preprocess=preprocess)
         metrics["val"] = appraise.metric_of(evaluation)
     manifest = Manifest(
         stage=STAGE,
@@ -58,26 +56,18 @@ def import_graph(context: StageContext, path: Path, *, key: str, target: Path) -
         notes=tuple(notes),
         **recorded,
     )
-    return publish(context, manifest, evaluation, target=target, graph=path, graph_data=onnxfile.data_files(path))
+    return publish(context, manifest, evaluation, target=target, graph=path, graph_data=onnxgraph.data_files(path))
 
 
 def _notes(inputs: tuple[TensorSpec, ...]) -> list[str]:
-    fixed = [f"{spec.name}: {spec.shape[0]}" for spec in inputs if spec.shape and spec.shape[0] is not None]
+    fixed = [f"{spec.name}: {spec.shape[0]}" for spec in inputs if spec.shape and isinstance(spec.shape[0], int)]
     return [f"the graph's batch is fixed ({', '.join(fixed)})"] if fixed else ["the graph's batch is free"]
 
 
 def _last(outputs: tuple[TensorSpec, ...]) -> int:
     """The number of classes where the graph gives one row of scores per sample, else 0."""
     shape = outputs[0].shape if len(outputs) == 1 else ()
-    return shape[1] or 0 if len(shape) == 2 else 0
-
-
-def _score(context: StageContext, path: Path, *, preprocess: Preprocess, batch: int | None) -> Evaluation:
-    if batch is None:
-        return appraise.score_graph(context, path, preprocess=preprocess)
-    with onnxruntime.open(path, config=onnxruntime.Config()) as runner:
-        part = runner_part(runner, min_batch=batch)
-        return evaluate_part(context, part, split="val", preprocess=preprocess, backend="onnxruntime", batch_size=batch)
+    return shape[1] if len(shape) == 2 and isinstance(shape[1], int) else 0
 
 
 def _preprocess(
@@ -90,7 +80,12 @@ def _preprocess(
     from bmctl.engine.loading.preprocess import resolve_preprocess
 
     shape = inputs[0].shape if len(inputs) == 1 else ()
-    if len(shape) != 4 or inputs[0].dtype != "float32" or shape[1] not in (None, 1, 3) or not _last(outputs):
+    if (
+        len(shape) != 4
+        or inputs[0].dtype != "float32"
+        or (isinstance(shape[1], int) and shape[1] not in (1, 3))
+        or not _last(outputs)
+    ):
         raise DataError(
             f"{path} does not take one float32 [N, C, H, W] and give one [N, classes], as the recipe's images need; "
             f"it has inputs {[list(spec.shape) for spec in inputs]} and outputs {[list(s.shape) for s in outputs]}",
@@ -98,15 +93,15 @@ def _preprocess(
         )
     asked = data.preprocess
     known = {
-        "channels": asked.channels or shape[1],
-        "size": asked.size or (shape[2:] if None not in shape[2:] else None),
+        "channels": asked.channels or (shape[1] if isinstance(shape[1], int) else None),
+        "size": asked.size or (shape[2:] if all(isinstance(size, int) for size in shape[2:]) else None),
     }
     recipe = context.recipe.model_copy(
         update={"data": data.model_copy(update={"preprocess": asked.model_copy(update=known)})}
     )
     found = resolve_preprocess(recipe)
     wanted = (found.channels, *found.size)
-    if any(own is not None and own != got for own, got in zip(shape[1:], wanted, strict=True)):
+    if any(isinstance(own, int) and own != got for own, got in zip(shape[1:], wanted, strict=True)):
         raise DataError(
             f"{path} takes [C, H, W] = {list(shape[1:])}; the recipe's preprocess makes {list(wanted)}",
             hint="leave data.preprocess.size and channels out of the recipe",

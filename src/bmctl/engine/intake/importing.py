@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from bmctl import models, store
+from bmctl.core.evaluation import Evaluation
 from bmctl.disk import disk_errors
 from bmctl.engine.checkpoints import consolidate
 from bmctl.engine.context import StageContext
@@ -23,8 +24,7 @@ from bmctl.errors import DataError, PackageError, RecipeError, ResourceError, Us
 from bmctl.models import InputDefaults, ModelConfig, ModelSpec
 from bmctl.package import Manifest, ModelPackage, list_packages, open_package, save_package
 from bmctl.recipe import recipe_yaml
-from bmctl.schema import Preprocess, TensorSpec
-from bmctl.tasks import Evaluation
+from bmctl.schema import BATCH, Preprocess, TensorSpec
 
 STAGE = "import"
 PUBLISHED = re.compile(r"(timm|torchvision|transformers|bmctl):.+")
@@ -278,14 +278,14 @@ def _publish(
     if evaluated and appraise.has_metric(context, preprocess):
         evaluation = appraise.score_module(context, model, preprocess=preprocess)
         metrics["val"] = appraise.metric_of(evaluation)
-    shape = (None, preprocess.channels, *preprocess.size)
+    shape = (BATCH, preprocess.channels, *preprocess.size)
     meaning = "normalised image, channels first"
     manifest = Manifest(
         stage=STAGE,
         key=key,
         model=found.spec,
         inputs=(TensorSpec(name="input", shape=shape, dtype="float32", meaning=meaning),),
-        outputs=(TensorSpec(name="logits", shape=(None, len(class_names)), dtype="float32", meaning="class scores"),),
+        outputs=(TensorSpec(name="logits", shape=(BATCH, len(class_names)), dtype="float32", meaning="class scores"),),
         preprocess=preprocess,
         class_names=class_names,
         metrics=metrics,

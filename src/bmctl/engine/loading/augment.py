@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from bmctl.engine.loading.chance import hash_integers, uniform
-from bmctl.engine.loading.images import Box
+from bmctl.core.chance import hash_integers, uniform
+from bmctl.core.images import Box
 from bmctl.recipe.sections import AugmentConfig, CropConfig
 
 _ATTEMPTS = 10

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from bmctl.engine.loading import images
+from bmctl.core import images
 from bmctl.engine.loading.augment import augment, crop_boxes
 from bmctl.engine.loading.loader import Batch, open_loader
 from bmctl.engine.loading.order import Plan, balanced_order, sample_order, share_of, windowed_order

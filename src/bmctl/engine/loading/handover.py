@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bmctl.engine.loading import images
+from bmctl.core import images
 from bmctl.errors import ResourceError
 from bmctl.schema import Preprocess
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from bmctl.engine.loading import images
+from bmctl.core import images
 from bmctl.engine.loading.handover import Batch, Form, no_room, normalised
 from bmctl.engine.loading.order import Plan
 from bmctl.errors import BmctlError, DataError, ResourceError

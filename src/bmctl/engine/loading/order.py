@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bmctl.engine.loading.chance import hash_integers, shuffled
+from bmctl.core.chance import hash_integers, shuffled
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bmctl.engine.loading import images
+from bmctl.core import images
 from bmctl.engine.loading.data import choose_samples, data_section
 from bmctl.engine.loading.order import balanced_order
 from bmctl.errors import DataError, RecipeError

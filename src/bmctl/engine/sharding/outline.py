@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from bmctl.engine import memory
+from bmctl.core import memory
 from bmctl.engine.modules.blocks import find_blocks
 from bmctl.engine.sharding.strategy import Outline
 

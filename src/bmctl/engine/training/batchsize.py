@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from bmctl.engine import memory
+from bmctl.core import memory
 from bmctl.engine.modules.buffers import copy_buffers, with_buffers
 from bmctl.engine.parallel import Group, Vote
 from bmctl.engine.randomness import random_state, set_random_state

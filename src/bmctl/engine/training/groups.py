@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from bmctl.core.masks import has_mask
 from bmctl.engine.modules.blocks import find_blocks
-from bmctl.engine.modules.masks import has_mask
 from bmctl.errors import RecipeError
 from bmctl.fit import Optimizer
 

@@ -14,12 +14,12 @@ import torch
 from bmctl.engine.checkpoints import checkpoint
 from bmctl.engine.loading.loader import Loader, open_loader
 from bmctl.engine.parallel import Vote
-from bmctl.engine.processes.signals import interrupted
 from bmctl.engine.training.position import Position, Setting, diverged, is_over, save
 from bmctl.engine.training.schedule import learning_rate
 from bmctl.engine.training.tracing import Tracer, tracing
 from bmctl.engine.training.validation import StoppedError, validate
 from bmctl.errors import PreemptedError
+from bmctl.processes.signals import interrupted
 
 
 def run(setting: Setting, position: Position) -> str:

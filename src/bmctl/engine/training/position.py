@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bmctl.core.evaluation import Evaluation
 from bmctl.engine import randomness
 from bmctl.engine.checkpoints import checkpoint
 from bmctl.engine.checkpoints.checkpoint import Checkpoint
@@ -26,7 +27,6 @@ from bmctl.engine.training.stopwatch import Stopwatch
 from bmctl.errors import BmctlError, DivergedError, PackageError, UsageError
 from bmctl.fit import Distill, Fit
 from bmctl.schema import Strict
-from bmctl.tasks import Evaluation
 
 if TYPE_CHECKING:
     from torch import nn

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bmctl.core.evaluation import Evaluation
 from bmctl.engine.computing.recompute import keep_activations
 from bmctl.engine.context import StageContext
 from bmctl.engine.loading.data import Split
@@ -24,7 +25,6 @@ from bmctl.errors import DivergedError, RecipeError
 from bmctl.fit import Distill, Fit
 from bmctl.recipe import Recipe
 from bmctl.schema import Strict
-from bmctl.tasks import Evaluation
 
 
 @dataclass(frozen=True)

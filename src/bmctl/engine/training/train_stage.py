@@ -20,7 +20,7 @@ from bmctl.errors import BmctlError, DataError, RecipeError, UsageError
 from bmctl.models import ModelConfig, ModelSpec, build, input_defaults, resolve, spec_args
 from bmctl.package import Manifest, ModelPackage, derive, load_model, open_package, save_package
 from bmctl.recipe import Recipe, recipe_yaml
-from bmctl.schema import TensorSpec
+from bmctl.schema import BATCH, TensorSpec
 from bmctl.tasks import TASKS
 
 STAGE = "train"
@@ -160,7 +160,7 @@ def _publish(
     assert evaluation is not None and recipe.task is not None
     example = torch.from_numpy(next(array_batches(val, batch_size=2))[0])
     numbers = appraise.module_numbers(context, model, before=None, example=example)
-    shape = (None, preprocess.channels, *preprocess.size)
+    shape = (BATCH, preprocess.channels, *preprocess.size)
     meaning = "normalised image, channels first"
     metrics = {
         "val": appraise.metric_of(evaluation),
@@ -178,7 +178,7 @@ def _publish(
         key=key,
         model=spec,
         inputs=(TensorSpec(name="input", shape=shape, dtype="float32", meaning=meaning),),
-        outputs=(TensorSpec(name="logits", shape=(None, spec.num_classes), dtype="float32", meaning="class scores"),),
+        outputs=(TensorSpec(name="logits", shape=(BATCH, spec.num_classes), dtype="float32", meaning="class scores"),),
         preprocess=preprocess,
         class_names=val.class_names,
         task=recipe.task.model_dump(mode="json"),

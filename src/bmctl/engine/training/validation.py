@@ -9,10 +9,10 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 
+from bmctl.core.evaluation import Evaluation
 from bmctl.engine.loading.data import array_batches
 from bmctl.engine.parallel import Vote, gather
 from bmctl.engine.training.position import Position, Setting, diverged, kept_weights
-from bmctl.tasks import Evaluation
 
 
 class StoppedError(Exception):

@@ -1,10 +1,11 @@
-"""Silence for libraries that print, log and warn of their own accord; what they warn about is kept as notes."""
+"""Silence for libraries that print, log, warn and report of their own accord; what they warn about is kept as notes."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -42,6 +43,20 @@ def listening(notes: list[str]) -> Iterator[None]:
     for entry in caught:
         if not issubclass(entry.category, DeprecationWarning | FutureWarning | PendingDeprecationWarning):
             keep.add(str(entry.message))
+
+
+def switch_off_telemetry() -> None:
+    """bmctl sends nothing: call this before the first import of openvino or nncf.
+
+    Both fall back to a silent stub when `openvino_telemetry` cannot be imported; its own opt-out is a file in the
+    user's home directory, which is not ours to write. NNCF's log is kept to errors.
+
+    Source: openvino/tools/ovc/telemetry_utils.py and nncf/telemetry/wrapper.py
+    """
+    if "openvino_telemetry" not in sys.modules:
+        # None makes the import statement raise ModuleNotFoundError.
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    logging.getLogger("nncf").setLevel(logging.ERROR)
 
 
 class _Keep(logging.Handler):

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from bmctl.engine.processes import watchdog
-from bmctl.engine.processes.heartbeat import (
+from bmctl.job import Logs
+from bmctl.processes import watchdog
+from bmctl.processes.heartbeat import (
     PATIENCE,
     Heart,
     Sign,
@@ -26,7 +27,6 @@ from bmctl.engine.processes.heartbeat import (
     process_state,
     read_sign,
 )
-from bmctl.job import Logs
 
 FIRST = Sign(pid=1, step=7, beats=10, moved=3, alive=0, doing="training")
 COLLECTIVE = """
@@ -158,7 +158,7 @@ def test_innermost_is_in_words() -> None:
 CHILD = """
 import sys, time
 from pathlib import Path
-from bmctl.engine.processes.heartbeat import beating, dump_on_signal
+from bmctl.processes.heartbeat import beating, dump_on_signal
 
 dump_on_signal()
 def brood():

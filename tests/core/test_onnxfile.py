@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bmctl.engine.artifacts import onnxfile
+from bmctl.core import onnxfile, onnxgraph
 from bmctl.errors import BmctlError, PackageError, UnsupportedError
 
 OPSET = [helper.make_opsetid("", 18)]
@@ -57,14 +57,14 @@ def test_a_sound_file_is_read(tmp_path: Path) -> None:
         ("input", (None, 4), "float32"),
         ("logits", (None, 3), "float32"),
     ]
-    assert onnxfile.precision_of(path) == "fp32" and not onnxfile.is_quantized(path)
-    assert onnxfile.data_files(path) == []
+    assert onnxgraph.precision_of(path) == "fp32" and not onnxgraph.is_quantized(path)
+    assert onnxgraph.data_files(path) == []
 
 
 def test_external_data_inside_the_directory_is_taken(tmp_path: Path) -> None:
     path = external(tmp_path)
     onnxfile.check_onnx(path)
-    assert onnxfile.data_files(path) == ["weights.bin"]
+    assert onnxgraph.data_files(path) == ["weights.bin"]
 
 
 @pytest.mark.parametrize(
@@ -232,10 +232,10 @@ def test_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_precision_is_that_of_the_weights(tmp_path: Path) -> None:
     for kind, name in ((np.float16, "fp16"), (onnx.helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16), "bf16")):
         path = save(tmp_path / "model.onnx", linear(np.ones((4, 3)).astype(kind)))
-        assert onnxfile.precision_of(path) == name
+        assert onnxgraph.precision_of(path) == name
     quantized = linear()
     quantized.graph.node.insert(0, helper.make_node("QuantizeLinear", ["input", "s"], ["q"]))
-    assert onnxfile.precision_of(save(tmp_path / "model.onnx", quantized)) == "int8"
+    assert onnxgraph.precision_of(save(tmp_path / "model.onnx", quantized)) == "int8"
 
 
 def test_nodes_are_found_by_name_operator_and_weight(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_nodes_are_found_by_name_operator_and_weight(tmp_path: Path) -> None:
 
     model = linear()
     for pattern in ("product", "pro*", "MatMul", "w"):
-        assert onnxfile.match_nodes(model, [pattern], where="x") == ["product"]
+        assert onnxgraph.match_nodes(model, [pattern], where="x") == ["product"]
     with pytest.raises(RecipeError, match="'Conv' fits no node") as caught:
-        onnxfile.match_nodes(model, ["Conv"], where="ptq: ignore")
+        onnxgraph.match_nodes(model, ["Conv"], where="ptq: ignore")
     assert "MatMul" in caught.value.hint

@@ -6,17 +6,15 @@ Names: a value `x` of the graph becomes half precision under its own name; where
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import onnx
+import onnxruntime
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, inliner, numpy_helper, version_converter
 
-from bmctl.backends import onnxruntime
 from bmctl.errors import UnsupportedError
 
 FP16_MAX = 65504.0
@@ -273,11 +271,12 @@ def ranges(model: ModelProto, feed: dict[str, np.ndarray]) -> dict[str, float]:
     shown = {value.name for value in probe.graph.output}
     kinds = {v.name: v for v in probe.graph.value_info if v.type.tensor_type.elem_type == TensorProto.FLOAT}
     probe.graph.output.extend(v for name, v in kinds.items() if name in makers and name not in shown)
-    with tempfile.TemporaryDirectory(prefix="bmctl-") as folder:
-        path = Path(folder) / "probe.onnx"
-        path.write_bytes(probe.SerializeToString())
-        with onnxruntime.open(path, config=onnxruntime.Config(optimization="none", device="cpu")) as runner:
-            arrays = runner.run(feed)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = [value.name for value in probe.graph.output]
+    arrays = dict(zip(names, session.run(names, feed), strict=True))
     found = {
         makers[name]: float(np.abs(array).max(initial=0.0))
         for name, array in arrays.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bmctl.engine.loading.chance import carve, hash_integers, shuffled, uniform
+from bmctl.core.chance import carve, hash_integers, shuffled, uniform
 
 
 def test_splitmix64_gives_its_published_numbers() -> None:

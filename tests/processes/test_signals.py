@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from bmctl.engine.processes.signals import Stop, catch_signals
 from bmctl.errors import InterruptedRunError, WorkerError
+from bmctl.processes.signals import Stop, catch_signals
 
 
 def kill(signum: int) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from bmctl.engine.processes.rendezvous import meet, split_endpoint
 from bmctl.engine.worker import check_worlds
 from bmctl.errors import RecipeError, ResourceError, WorkerError
 from bmctl.job import torchrun_nodes
+from bmctl.processes.rendezvous import meet, split_endpoint
 from bmctl.recipe import LaunchConfig, load_recipe
 from bmctl.recipe.sections import Nodes
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bmctl.engine.processes.attempts import MOST, UNKNOWN, Attempts
 from bmctl.errors import DataError, InterruptedRunError, PreemptedError, StuckError, WorkerError
+from bmctl.processes.attempts import MOST, UNKNOWN, Attempts
 
 
 @pytest.fixture

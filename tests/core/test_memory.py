@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from bmctl.engine import memory
+from bmctl.core import memory
 
 MIB = 2**20
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from bmctl.engine.evaluation.stats import mean_interval, paired_interval, ratio_interval, t_quantile, wilson
+from bmctl.core.stats import mean_interval, paired_interval, ratio_interval, t_quantile, wilson
 
 TRIALS = 1500
 

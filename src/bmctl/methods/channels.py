@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bmctl.engine.modules.layers import last_linear, weight_layers
+from bmctl.core.layers import last_linear, weight_layers
 from bmctl.errors import UnsupportedError
 
 # What torch-pruning raises on models that it cannot follow; it has no exceptions of its own.

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from bmctl.engine.processes.heartbeat import Heart, Sign, Watch, dump_stacks, find_stuck, read_sign
-from bmctl.engine.processes.signals import Stop
 from bmctl.errors import WorkerError
 from bmctl.job import Logs
+from bmctl.processes.heartbeat import Heart, Sign, Watch, dump_stacks, find_stuck, read_sign
+from bmctl.processes.signals import Stop
 
 LOOK_S = 0.2
 INTERRUPT_S = 5.0

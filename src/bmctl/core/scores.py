@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from bmctl.engine.evaluation.stats import is_binary
+from bmctl.core.evaluation import Evaluation
+from bmctl.core.stats import is_binary
 from bmctl.schema import Count, Strict
-from bmctl.tasks import Evaluation
 
 FOLDER = "evaluations"
 

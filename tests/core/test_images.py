@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from bmctl.engine.loading import images
+from bmctl.core import images
 from bmctl.errors import DataError
 from bmctl.models import ModelConfig, input_defaults
 from bmctl.schema import Preprocess

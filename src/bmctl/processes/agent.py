@@ -27,11 +27,11 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError, RendezvousTimeoutError
 
 from bmctl import store, verdict
-from bmctl.engine.processes.attempts import Attempts
-from bmctl.engine.processes.heartbeat import read_sign
-from bmctl.engine.processes.rendezvous import Meeting, meet
 from bmctl.errors import BmctlError, StuckError, WorkerError, error_from_dict
 from bmctl.job import Job, Logs, newest_step, read_record
+from bmctl.processes.attempts import Attempts
+from bmctl.processes.heartbeat import read_sign
+from bmctl.processes.rendezvous import Meeting, meet
 from bmctl.recipe import LaunchConfig
 
 WATCH_S = 0.1
