@@ -14,14 +14,13 @@ from typing import Any
 from pydantic import ValidationError
 from torch import nn
 
-from bmctl import models
 from bmctl.engine.checkpoints.checkpoint import INDEX, STATE, Checkpoint, open_checkpoint
-from bmctl.errors import BmctlError, PackageError
-from bmctl.methods import METHODS
+from bmctl.errors import PackageError
 from bmctl.models import ModelSpec
 from bmctl.package import Structure
 from bmctl.recipe import Recipe
-from bmctl.schema import Many, Preprocess, Strict
+from bmctl.restore import restored
+from bmctl.schema import Many, Preprocess, Signature, Strict
 
 
 class About(Strict):
@@ -35,7 +34,8 @@ class About(Strict):
 
     model: ModelSpec
     preprocess: Preprocess
-    class_names: Many[str]
+    facts: dict[str, Any] | None = None
+    parts: dict[str, Signature]
     task: dict[str, Any] | None = None
     data_fingerprint: str | None = None
     history: Many[Structure] = ()
@@ -88,7 +88,7 @@ def load_model(found: Checkpoint, about: About) -> tuple[nn.Module, str]:
     Raises:
         PackageError: The checkpoint's tensors are not those of the model that it names.
     """
-    model = _build(found, about)
+    model = restored(about.model, about.history, where=found.path)
     kind = next(kind for kind in ("best", "ema", "model") if kind == "model" or found.names(kind))
     try:
         model.load_state_dict({name: found.read(kind, name) for name in found.names(kind)}, strict=True)
@@ -116,18 +116,3 @@ def _words(found: Checkpoint, kind: str) -> str:
     average = "the average of the weights" if kind == "ema" else "the weights"
     known = ", the best so far" if manifest.best_step == manifest.step else ""
     return f"{step}; its weights are {average} of that step{known}"
-
-
-def _build(found: Checkpoint, about: About) -> nn.Module:
-    try:
-        model = models.build(about.model)
-        for structure in about.history:
-            method = METHODS[structure.step["method"]]
-            if method.LEVEL != "module":
-                raise ValueError(f"no module goes through {structure.step['method']}")
-            method.restore(model, method.Config.model_validate_json(json.dumps(structure.step)), structure.meta)
-    except PackageError:
-        raise
-    except (BmctlError, ValidationError, TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
-        raise PackageError(f"{found.path}: its model {about.model.name} cannot be built here: {error}") from error
-    return model
