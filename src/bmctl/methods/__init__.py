@@ -1,4 +1,7 @@
-"""One file = one compression method. A new method is a file here and a line in METHODS."""
+"""One file = one compression method. A new method is a file here and a line in METHODS.
+
+With much torch code it is a folder: what recipes need of it in `__init__`, and the code in a file with torch on top.
+"""
 
 from __future__ import annotations
 

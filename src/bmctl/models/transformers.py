@@ -110,7 +110,7 @@ def build(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
     _require()
     from transformers import AutoModelForImageClassification
 
-    from bmctl.models.networks import Logits
+    from bmctl.models.own.networks import Logits
 
     check_fits(spec, reserved=_OURS)
     name = bare_name(spec.name)

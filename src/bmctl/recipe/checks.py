@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from bmctl.backends import BACKENDS
 from bmctl.fit import Fit
 from bmctl.methods import METHODS
+from bmctl.models import own
 from bmctl.recipe.diagnosis import did_you_mean, own_models, shown
 from bmctl.recipe.sections import ExportConfig, LaunchConfig, MeasureConfig
 from bmctl.recipe.yamlio import KeyPath
@@ -65,6 +66,9 @@ def check_needs(data: Mapping[str, Any]) -> Found:
         yield ("model", "name"), message, did_you_mean(name, own_models())
     elif name.startswith("bmctl:") and get(data, ("model", "pretrained"), bool, False):
         yield ("model", "pretrained"), f"{name} has no published weights", "set it to false, or name a timm: model"
+    if name in own_models():
+        for key, message, hint in own.problems(name, get(data, ("model", "args"), dict, {})):
+            yield ("model", "args", key), message, hint
 
 
 def check_launch(data: Mapping[str, Any]) -> Found:

@@ -13,7 +13,7 @@ from torch import nn
 
 from bmctl.engine.artifacts import graph
 from bmctl.errors import GateError, UnsupportedError
-from bmctl.models.networks import ResCNN
+from bmctl.models.own.networks import ResCNN
 
 
 def network() -> nn.Module:

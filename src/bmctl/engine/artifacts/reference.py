@@ -14,7 +14,7 @@ import onnx
 
 from bmctl.backends import onnxruntime
 from bmctl.core import onnxgraph
-from bmctl.core.halfgraph import widen
+from bmctl.core.halftypes import widen
 from bmctl.core.runner import Runner
 from bmctl.schema import Signature
 

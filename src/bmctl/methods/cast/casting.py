@@ -1,59 +1,26 @@
-"""Half precision in the graph: fp16 or bf16 weights and activations, fp32 at its inputs and outputs.
-
-TensorRT computes what the graph says; fp16 runs on every GPU that it serves, bf16 from SM80 on. On CPUs bf16 is fast
-where there is AMX or AVX512-BF16, and OpenVINO's alone: ONNX Runtime has no bf16 convolution there.
-
-Source: Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740
-"""
+"""A graph cast to half precision, once its activations are known to fit."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
+import onnx
+
+from bmctl.core import onnxfile, onnxgraph
 from bmctl.errors import UnsupportedError
-from bmctl.schema import Many, StepConfig
+from bmctl.methods.cast import halfgraph
 
 if TYPE_CHECKING:
-    import onnx
+    from pathlib import Path
 
-    from bmctl.methods import Meta, MethodContext
+    import torch
 
-FAMILY = "cast"
-LEVEL = "graph"
-
-
-class Config(StepConfig):
-    """Attributes:
-    dtype: fp16 has three more bits of precision, bf16 the range of fp32.
-    keep: Nodes that stay in fp32, by their own name, their operator or a weight of theirs, with `*` and `?`.
-    """
-
-    method: Literal["cast"] = "cast"
-    dtype: Literal["fp16", "bf16"] = "fp16"
-    keep: Many[str] = ()
+    from bmctl.methods import Meta
+    from bmctl.methods.cast import Config
 
 
-def apply(onnx_path: Path, config: Config, context: MethodContext, *, out: Path) -> Meta:
-    """Write the cast graph.
-
-    Args:
-        onnx_path: An fp32 graph with one input.
-        context: Its example shows how large activations are.
-        out: The file to write: half the size.
-
-    Returns:
-        precision, num_kept (nodes in fp32), largest (activation on the example), notes.
-
-    Raises:
-        UnsupportedError: The graph is not fp32, or its weights or activations do not fit into fp16.
-        RecipeError: A pattern of `keep` fits no node.
-    """
-    import onnx
-
-    from bmctl.core import halfgraph, onnxfile, onnxgraph
-    from bmctl.core.onnxgraph import tidy
-
+def cast(onnx_path: Path, config: Config, *, example: torch.Tensor, out: Path) -> Meta:
+    """What `cast.apply` promises."""
     precision = onnxgraph.precision_of(onnx_path)
     if precision == "int8":
         raise UnsupportedError(
@@ -65,9 +32,9 @@ def apply(onnx_path: Path, config: Config, context: MethodContext, *, out: Path)
     model = halfgraph.prepare(onnx.load(onnx_path), config.dtype)
     onnxgraph.name_nodes(model)
     keep = set(onnxgraph.match_nodes(model, config.keep, where="cast: keep"))
-    largest = _check_range(model, config, context, keep=keep)
+    largest = _check_range(model, config, example, keep=keep)
     halved = halfgraph.halve(model, config.dtype, keep=keep)
-    tidy(halved.model)
+    onnxgraph.tidy(halved.model)
     out.write_bytes(halved.model.SerializeToString(deterministic=True))
     onnxfile.check_onnx(out)
     notes = [f"{name}: cut to fp16's largest value, {halfgraph.FP16_MAX:.0f}" for name in halved.clamped]
@@ -79,16 +46,13 @@ def apply(onnx_path: Path, config: Config, context: MethodContext, *, out: Path)
     return {"precision": config.dtype, "num_kept": halved.num_kept, "largest": largest, "notes": notes}
 
 
-def _check_range(model: onnx.ModelProto, config: Config, context: MethodContext, *, keep: set[str]) -> float:
+def _check_range(model: onnx.ModelProto, config: Config, example: torch.Tensor, *, keep: set[str]) -> float:
     """The largest activation on the example; past fp16's range it is refused, by the name of its node."""
-    from bmctl.core import halfgraph
-
     held = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in held]
     if len(inputs) != 1:
         raise UnsupportedError(f"the graph has {len(inputs)} inputs; its range is checked with one")
-    x: Any = context.example.numpy()
-    found = halfgraph.ranges(model, {inputs[0].name: x})
+    found = halfgraph.ranges(model, {inputs[0].name: example.numpy()})
     largest = max(found.values(), default=0.0)
     over = {name: value for name, value in found.items() if value > halfgraph.FP16_MAX and name not in keep}
     if config.dtype == "fp16" and over:
