@@ -127,9 +127,9 @@ def infer(
         return _say(options, {"model": str(source), "data": data, "backend": backend})
     with options.console() as console:
         found = engine.predict(source, data, backend=backend, batch_size=section.batch_size, emit=console.emit)
-        lines = engine.to_csv(found) if form == "csv" else engine.to_jsonl(found)
+        lines = engine.to_csv(found, columns=found.columns) if form == "csv" else engine.to_jsonl(found)
         if options.as_json:
-            console.data(json.dumps([json.loads(line) for line in engine.to_jsonl(found)], indent=2))
+            console.data(json.dumps(list(found), indent=2))
         elif to:
             store.write_atomic(Path(to), "".join(line + "\n" for line in lines).encode())
         else:
@@ -284,7 +284,7 @@ def _infer(session: Session) -> None:
     path = session.run / "predictions.jsonl"
     store.write_atomic(path, "".join(line + "\n" for line in engine.to_jsonl(predictions)).encode())
     for one in predictions[:SHOWN]:
-        session.console.line(f"{one.input}: {one.class_name} {one.score:.1%}", stage="infer")
+        session.console.line(f"{one['input']}: {found.words(one)}", stage="infer")
     session.note(f"{len(predictions)} predictions are in {path}")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from bmctl.errors import UnsupportedError
 
@@ -41,6 +42,11 @@ def named(outputs: Any, *, gives: Sequence[str]) -> dict[str, torch.Tensor]:
             hint="wrap it in a module that returns these tensors, in this order",
         )
     return found
+
+
+def tensors_of(outputs: Any) -> list[torch.Tensor]:
+    """Every tensor in what a module gave, however it is wrapped."""
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
 
 
 def is_channels_last(tensor: torch.Tensor) -> bool:

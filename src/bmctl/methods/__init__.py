@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+Example = Mapping[str, "torch.Tensor"]
+"""Samples by the names of what the model takes, in its order."""
 Meta = dict[str, Any]
 """Small JSON: all that `restore` needs to rebuild the structure."""
 
@@ -28,13 +30,14 @@ class MethodContext:
     """What a method may look at.
 
     Attributes:
-        example: float32 [2, C, H, W], preprocessed real samples.
-        calibration: Yields float32 [n, C, H, W] batches of the calibration samples; empty without data.
+        example: Two real samples as the model takes them, in its order: it is called with the values, by position.
+        calibration: Yields recorded calls of the graph at hand on calibration samples: arrays by its inputs' names;
+            nothing without data.
         calibration_record: What the calibration data is, as the manifest records it.
     """
 
-    example: torch.Tensor
-    calibration: Callable[[], Iterator[np.ndarray]]
+    example: Example
+    calibration: Callable[[], Iterator[Mapping[str, np.ndarray]]]
     calibration_record: Mapping[str, Any]
 
 

@@ -43,9 +43,7 @@ def told(facts: Facts) -> dict[str, Any]:
 # -- training ---------------------------------------------------------------------------------------
 
 
-def loss(
-    outputs: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor], *, config: Config
-) -> torch.Tensor:
+def loss(outputs: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor], *, config: Config) -> torch.Tensor:
     """Mean cross-entropy, in float32 whatever the precision of the forward pass.
 
     Args:

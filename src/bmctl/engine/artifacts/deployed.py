@@ -136,9 +136,7 @@ def open_runners(deployed: Deployed, stack: ExitStack) -> dict[str, Runner]:
         path = deployed.artifacts[part]
         if path.suffix == ".onnx":
             onnxfile.check_onnx(path)  # its hash says that it is what the manifest names, not who wrote both
-        runners[part] = stack.enter_context(
-            module.open(path, config=config, signature=one.signature, meta=one.meta)
-        )
+        runners[part] = stack.enter_context(module.open(path, config=config, signature=one.signature, meta=one.meta))
     return runners
 
 

@@ -62,12 +62,6 @@ class Recorder:
         pass
 
 
-def recorders(runners: Mapping[str, Runner]) -> tuple[dict[str, Recorder], list[Call]]:
-    """A recorder round each runner, and the list that fills in the order of their calls."""
-    calls: list[Call] = []
-    return {part: Recorder(runner, part=part, calls=calls) for part, runner in runners.items()}, calls
-
-
 def of_part(calls: Sequence[Call], part: str) -> Iterator[Call]:
     """The calls of one graph."""
     return (call for call in calls if call.part == part)

@@ -13,8 +13,7 @@ from bmctl.core.runner import Batched, Runner, batch_axes
 from bmctl.engine.artifacts.deployed import Deployed, open_runners
 from bmctl.engine.artifacts.recording import Call, replay
 from bmctl.engine.context import StageContext
-from bmctl.engine.deployment.reference import record
-from bmctl.engine.evaluation import measure
+from bmctl.engine.evaluation import feeds, measure
 from bmctl.engine.evaluation.appraise import has_metric
 from bmctl.engine.evaluation.evaluate import evaluate_artifact
 from bmctl.package import ModelPackage
@@ -48,7 +47,7 @@ def _time(context: StageContext, original: ModelPackage, runnable: Sequence[Depl
         if not opened:
             return
         size = _batch_size(next(iter(opened.values())), asked=config.batch_size)
-        calls = record(context, original, next(iter(opened.values())), num_samples=size)
+        calls = feeds.validation_calls(context, original, next(iter(opened.values())), num_samples=size)
         latencies = measure.latency({n: _replay(runners, calls) for n, runners in opened.items()}, rounds=config.rounds)
     hashes = {str(one.path.relative_to(context.run / "deploy")): one.hash for one in runnable}
     found = Measurements(

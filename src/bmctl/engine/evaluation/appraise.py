@@ -14,7 +14,7 @@ from bmctl.core.evaluation import Evaluation
 from bmctl.core.runner import Batched, Runner
 from bmctl.core.stats import mean_interval
 from bmctl.engine.artifacts.opening import open_model
-from bmctl.engine.artifacts.recording import Call, replay
+from bmctl.engine.artifacts.recording import Call, replay, stretched
 from bmctl.engine.artifacts.reference import open_graph
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import measure
@@ -52,9 +52,7 @@ def score_module(context: StageContext, model: nn.Module, manifest: Manifest, gi
     return evaluate_parts(context, runners, split="val", given=given)
 
 
-def score_graphs(
-    context: StageContext, graphs: Mapping[str, Path], manifest: Manifest, given: Resolved
-) -> Evaluation:
+def score_graphs(context: StageContext, graphs: Mapping[str, Path], manifest: Manifest, given: Resolved) -> Evaluation:
     """The task's metric on validation, of its graphs on ONNX Runtime."""
     with ExitStack() as stack:
         runners = _opened(graphs, manifest, stack)
@@ -100,14 +98,16 @@ def graph_numbers(
     Args:
         graphs: By part.
         before: The parent's.
-        calls: Recorded ones: replayed, they are what is timed.
+        calls: Recorded ones: replayed for BATCH_SIZE samples, they are what is timed.
         manifest: Names the parts.
     """
     macs = [measure.graph_macs(graph) for graph in graphs.values()]
     with ExitStack() as stack:
         sides = {"model": graphs, "parent": before}
         opened = {side: _opened(paths, manifest, stack) for side, paths in sides.items()}
-        runs = {side: _replay(runners, calls) for side, runners in opened.items()}
+        runs = {
+            side: _replay(runners, [stretched(call, BATCH_SIZE) for call in calls]) for side, runners in opened.items()
+        }
         found = _latencies(runs, runtime="onnxruntime")
     return {
         "num_params": sum(measure.graph_num_params(graph) for graph in graphs.values()),

@@ -13,13 +13,11 @@ from bmctl.methods.cast import halfgraph
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
-
-    from bmctl.methods import Meta
+    from bmctl.methods import Example, Meta
     from bmctl.methods.cast import Config
 
 
-def cast(onnx_path: Path, config: Config, *, example: torch.Tensor, out: Path) -> Meta:
+def cast(onnx_path: Path, config: Config, *, example: Example, out: Path) -> Meta:
     """What `cast.apply` promises."""
     precision = onnxgraph.precision_of(onnx_path)
     if precision == "int8":
@@ -46,13 +44,9 @@ def cast(onnx_path: Path, config: Config, *, example: torch.Tensor, out: Path) -
     return {"precision": config.dtype, "num_kept": halved.num_kept, "largest": largest, "notes": notes}
 
 
-def _check_range(model: onnx.ModelProto, config: Config, example: torch.Tensor, *, keep: set[str]) -> float:
+def _check_range(model: onnx.ModelProto, config: Config, example: Example, *, keep: set[str]) -> float:
     """The largest activation on the example; past fp16's range it is refused, by the name of its node."""
-    held = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in held]
-    if len(inputs) != 1:
-        raise UnsupportedError(f"the graph has {len(inputs)} inputs; its range is checked with one")
-    found = halfgraph.ranges(model, {inputs[0].name: example.numpy()})
+    found = halfgraph.ranges(model, {name: tensor.numpy() for name, tensor in example.items()})
     largest = max(found.values(), default=0.0)
     over = {name: value for name, value in found.items() if value > halfgraph.FP16_MAX and name not in keep}
     if config.dtype == "fp16" and over:

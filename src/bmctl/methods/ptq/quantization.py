@@ -10,8 +10,10 @@ import onnx
 import onnxruntime
 
 from bmctl.core import onnxfile, onnxgraph, quiet
+from bmctl.core.runner import check_feed, rows
 from bmctl.errors import DataError, UnsupportedError
 from bmctl.methods.ptq import ENOUGH, Config
+from bmctl.schema import BATCH, Signature
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,16 +31,13 @@ def quantize(onnx_path: Path, config: Config, context: MethodContext, *, out: Pa
         )
     if precision != "fp32":
         raise UnsupportedError(f"{onnx_path.name} is {precision}; int8 is made from fp32", hint="put ptq before cast")
-    inputs = onnxgraph.read_signature(onnx_path).inputs
-    if len(inputs) != 1:
-        raise UnsupportedError(f"{onnx_path.name} has {len(inputs)} inputs; calibration samples feed one")
-    samples = _samples(config, context, shape=inputs[0].shape)
+    samples = _samples(config, context, onnxgraph.read_signature(onnx_path))
     model = onnx.load(onnx_path)
     onnxgraph.name_nodes(model)
     ignored = onnxgraph.match_nodes(model, config.ignore, where="ptq: ignore")
     notes: list[str] = []
     with quiet.listening(notes):
-        model, version = _quantize(model, samples, config, ignored=ignored, input_name=inputs[0].name)
+        model, version = _quantize(model, samples, config, ignored=ignored)
     onnxgraph.tidy(model)
     num_pairs = sum(node.op_type == "QuantizeLinear" for node in model.graph.node)
     if not num_pairs:
@@ -69,21 +68,23 @@ def _left_over(model: onnx.ModelProto, ignored: list[str]) -> list[str]:
     ]
 
 
-def _samples(config: Config, context: MethodContext, *, shape: tuple[int | str, ...]) -> list[np.ndarray]:
-    """float32 [1, ...] each: the first `config.samples`, checked."""
+def _samples(config: Config, context: MethodContext, signature: Signature) -> list[dict[str, np.ndarray]]:
+    """One sample each: the first `config.samples`, checked."""
     wanted = config.samples or ENOUGH
-    found: list[np.ndarray] = []
-    for batch in context.calibration():
-        want = [size if isinstance(size, int) else "n" for size in shape]
-        fixed = [(w, g) for w, g in zip(shape[1:], batch.shape[1:], strict=False) if isinstance(w, int)]
-        if batch.ndim != len(shape) or any(w != g for w, g in fixed):
-            raise DataError(f"calibration samples have the shape {list(batch.shape)}, the model takes {want}")
-        if not np.isfinite(batch).all():
+    axes = {spec.name: spec.shape.index(BATCH) for spec in signature.inputs if BATCH in spec.shape}
+    found: list[dict[str, np.ndarray]] = []
+    for feed in context.calibration():
+        num = max((array.shape[axes[name]] for name, array in feed.items() if name in axes), default=1)
+        try:
+            checked = check_feed(feed, inputs=signature.inputs)
+        except DataError as error:
             raise DataError(
-                f"calibration samples {len(found)} to {len(found) + len(batch) - 1} hold nan or inf",
-                hint="look at the data and at data.preprocess.std",
-            )
-        found += [np.ascontiguousarray(sample[None], dtype=np.float32) for sample in batch]
+                f"calibration samples {len(found)} to {len(found) + num - 1}: {error.message}",
+                hint="look at the data and at data.input",
+            ) from error
+        for i in range(num):
+            sample = {name: rows(array, axes.get(name), i, i + 1) for name, array in checked.items()}
+            found.append({name: np.ascontiguousarray(array) for name, array in sample.items()})
         if len(found) >= wanted:
             return found[:wanted]
     if not found:
@@ -100,7 +101,7 @@ def _samples(config: Config, context: MethodContext, *, shape: tuple[int | str, 
 
 
 def _quantize(
-    model: onnx.ModelProto, samples: list[np.ndarray], config: Config, *, ignored: list[str], input_name: str
+    model: onnx.ModelProto, samples: list[dict[str, np.ndarray]], config: Config, *, ignored: list[str]
 ) -> tuple[onnx.ModelProto, str]:
     """NNCF's result with int8 weights, and NNCF's version."""
     quiet.switch_off_telemetry()
@@ -112,7 +113,7 @@ def _quantize(
     try:
         quantized: Any = nncf.quantize(
             model,
-            nncf.Dataset([{input_name: sample} for sample in samples]),
+            nncf.Dataset(samples),
             preset=nncf.QuantizationPreset(config.preset),
             subset_size=len(samples),
             fast_bias_correction=config.fast_bias_correction,

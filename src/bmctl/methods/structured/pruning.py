@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from bmctl.core import masks
+from bmctl.core.calling import tensors_of
 from bmctl.core.layers import deterministic, evaluating, get_layer, matching, weight_layers
 from bmctl.errors import PackageError, UnsupportedError
 from bmctl.methods.structured import channels
 
 if TYPE_CHECKING:
-    from bmctl.methods import Meta
+    from bmctl.methods import Example, Meta
     from bmctl.methods.structured import Config
 
 # What pruning may change in a module besides its tensors: sizes that forward passes and exports read.
@@ -38,7 +40,7 @@ ATTRIBUTES = (
 )
 
 
-def prune(model: nn.Module, config: Config, *, example: torch.Tensor) -> Meta:
+def prune(model: nn.Module, config: Config, *, example: Example) -> Meta:
     """What `structured.apply` promises."""
     before = _describe(model)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
@@ -48,10 +50,10 @@ def prune(model: nn.Module, config: Config, *, example: torch.Tensor) -> Meta:
         # torch-pruning cuts a weight's gradient exactly as the weight: that carries the mask along.
         layer.weight.grad = masks.get_mask(layer).to(layer.weight.dtype)
     with deterministic(), evaluating(model):
-        shape = model(example).shape
+        shapes = _shapes(model, example)
         groups = _prune(model, config, example)
         _mend(model)
-        _check_runs(model, example, shape)
+        _check_runs(model, example, shapes)
     for layer in held.values():
         masks.set_mask(layer, layer.weight.grad.bool())
     for name, parameter in model.named_parameters():
@@ -107,7 +109,7 @@ def _resize(module: nn.Module, key: str, shape: list[int], *, name: str) -> None
         module._buffers[key] = new
 
 
-def _prune(model: nn.Module, config: Config, example: torch.Tensor) -> dict[str, list[int]]:
+def _prune(model: nn.Module, config: Config, example: Example) -> dict[str, list[int]]:
     """{group: [channels before, channels after]}."""
     layers = weight_layers(model)
     ignored = [layers[name] for name in sorted(matching(list(layers), config.ignore, key="structured.ignore"))]
@@ -162,24 +164,33 @@ def _rescale_queries(qkv: nn.Linear, num_rows: int, ratio: float) -> None:
             qkv.bias[:num_rows] *= ratio**0.5
 
 
-def _check_runs(model: nn.Module, example: torch.Tensor, shape: torch.Size) -> None:
+def _shapes(model: nn.Module, example: Example) -> list[torch.Size]:
+    """Of every tensor that the model gives."""
+    return [tensor.shape for tensor in tensors_of(model(*example.values()))]
+
+
+def _check_runs(model: nn.Module, example: Example, shapes: list[torch.Size]) -> None:
     """A forward pass at two batch sizes, with the outputs that it had."""
     for size in (1, 3):
-        batch = example[:1].expand(size, *example.shape[1:]).contiguous()
+        batch = {name: one[:1].expand(size, *one.shape[1:]).contiguous() for name, one in example.items()}
         try:
             with torch.no_grad():
-                got = tuple(model(batch).shape)
+                got = _shapes(model, batch)
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             raise UnsupportedError(
                 f"structured: {type(model).__name__} does not run after pruning: {error}",
                 hint="its forward pass has a size written into it; name the layers around it in `ignore`",
             ) from error
-        if got != (size, *shape[1:]):
+        if got != [torch.Size((size, *shape[1:])) for shape in shapes]:
             raise UnsupportedError(
-                f"structured: after pruning {type(model).__name__} gives {list(got)} for a batch of {size}, "
-                f"before it gave {list(shape[1:])} per sample",
+                f"structured: after pruning {type(model).__name__} gives {_shown(got)} for a batch of {size}, "
+                f"before it gave {_shown([shape[1:] for shape in shapes])} per sample",
                 hint="name the last layer in `ignore`",
             )
+
+
+def _shown(shapes: Sequence[torch.Size]) -> str:
+    return ", ".join(str(list(shape)) for shape in shapes)
 
 
 def _describe(model: nn.Module) -> tuple[dict[str, list[int]], dict[str, dict[str, Any]]]:

@@ -21,11 +21,11 @@ from bmctl.core.masks import has_mask
 from bmctl.errors import PackageError, UnsupportedError
 
 if TYPE_CHECKING:
-    from bmctl.methods import Meta
+    from bmctl.methods import Example, Meta
     from bmctl.methods.svd import Config
 
 
-def factorise(model: nn.Module, config: Config, *, example: torch.Tensor) -> Meta:
+def factorise(model: nn.Module, config: Config, *, example: Example) -> Meta:
     """What `svd.apply` promises."""
     layers, kept = _chosen(model, config, example)
     ranks: dict[str, int] = {}
@@ -63,7 +63,7 @@ def restore(model: nn.Module, meta: Meta) -> None:
         replace_layer(model, name, _empty(layer, rank))
 
 
-def _chosen(model: nn.Module, config: Config, example: torch.Tensor) -> tuple[dict[str, Any], dict[str, str]]:
+def _chosen(model: nn.Module, config: Config, example: Example) -> tuple[dict[str, Any], dict[str, str]]:
     """Layers to factorise, and why each other one is left."""
 
     everything = weight_layers(model)
@@ -92,7 +92,7 @@ def _chosen(model: nn.Module, config: Config, example: torch.Tensor) -> tuple[di
     return layers, kept
 
 
-def _called(model: nn.Module, example: torch.Tensor) -> set[str]:
+def _called(model: nn.Module, example: Example) -> set[str]:
     """Names of the submodules that a forward pass calls."""
 
     called: set[str] = set()
@@ -101,7 +101,7 @@ def _called(model: nn.Module, example: torch.Tensor) -> set[str]:
     ]
     try:
         with evaluating(model), torch.no_grad():
-            model(example)
+            model(*example.values())
     finally:
         for handle in handles:
             handle.remove()
@@ -162,10 +162,10 @@ def _empty(layer: Any, rank: int) -> Any:
     )
 
 
-def _check_runs(model: nn.Module, example: torch.Tensor) -> None:
+def _check_runs(model: nn.Module, example: Example) -> None:
     try:
         with evaluating(model), torch.no_grad():
-            model(example)
+            model(*example.values())
     except (AttributeError, RuntimeError, TypeError) as error:
         raise UnsupportedError(
             f"svd: {type(model).__name__} does not run with factorised layers: {error}",
