@@ -1,4 +1,4 @@
-"""One file = one task: what targets are, its loss, its metrics, its graphs. A new task is a file here and a line in TASKS."""
+"""One file = one task: its targets, loss, metrics and graphs. A new task is a file here and a line in TASKS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A package or a deployed artifact as runners by part: what evaluates, records, times and predicts need not tell apart."""
+"""A package or a deployed artifact as runners by part: who evaluates, times or predicts need not ask which."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ from typing import Any
 from bmctl import store
 from bmctl.backends import BACKENDS, eager
 from bmctl.core import onnxfile
-from bmctl.core.onnxgraph import read_signature
 from bmctl.core.runner import Batched, Runner
 from bmctl.engine.artifacts import parity
 from bmctl.engine.artifacts.deployed import Deployed, DeployedPart, open_deployed, open_runners, read_sample
@@ -22,7 +21,7 @@ from bmctl.engine.artifacts.reference import open_graph
 from bmctl.engine.evaluation import measure
 from bmctl.errors import DataError, DependencyError, PackageError, ResourceError, UnsupportedError, UsageError
 from bmctl.inputs import Resolved
-from bmctl.package import PART, ModelPackage, find_package
+from bmctl.package import GRAPHS, PART, ModelPackage, find_package
 
 ROUNDS = 5
 EAGER = "eager"
@@ -74,6 +73,7 @@ def open_source(source: Path, *, backend: str = "auto", batch_size: int = 64) ->
     if (source / "packages").is_dir():
         return choose_runner(source, backend=backend, batch_size=batch_size)
     home = source if source.is_dir() else source.parent
+    home = home.parent if home.name == GRAPHS and source.is_file() else home
     kind = kind_of(home)
     if kind == "deployed":
         return _open_artifact(home, file=source if source.is_file() else None, backend=backend)

@@ -1,4 +1,4 @@
-"""What artifacts are judged by: a package's graphs as ONNX files, and recorded calls with the outputs that are right."""
+"""What artifacts are judged by: a package's graphs as ONNX files, and recorded calls with what is right."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from bmctl.engine.artifacts.opening import open_model, task_of
 from bmctl.engine.artifacts.recording import Call, of_part
 from bmctl.engine.artifacts.reference import open_reference
 from bmctl.engine.context import StageContext
+from bmctl.engine.evaluation import feeds
 from bmctl.errors import GateError
 from bmctl.package import ModelPackage
 from bmctl.restore import load_model

@@ -144,7 +144,7 @@ def _open(recipe: Recipe, split: str, given: Resolved) -> Split:
             f"there is nothing to evaluate on: recipe {recipe.name!r} has no {'task' if recipe.data else 'data'}",
             hint="give a recipe with both: --recipe RECIPE",
         )
-    return open_split(recipe, name=split, preprocess=spec)
+    return open_split(recipe, name=split, given=given)
 
 
 def _key(recipe: Recipe, samples: Split, artifact: str, backend: str, split: str) -> scores.Key:

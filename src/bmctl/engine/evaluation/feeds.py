@@ -1,4 +1,4 @@
-"""Recorded calls: what a model's graphs are fed on real samples of a recipe's data, or on noise where there are none."""
+"""Recorded calls: what graphs are fed on real samples of a recipe's data, or on noise where there are none."""
 
 from __future__ import annotations
 
