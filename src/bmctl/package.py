@@ -1,7 +1,7 @@
 """A model package: an immutable directory with a manifest, verified when it is opened.
 
-Files: manifest.json, recipe.yaml (resolved); weights.safetensors, or graphs/<part>.onnx where it is frozen; in files/ what
-the input needs, such as a tokenizer.
+Files: manifest.json, recipe.yaml (resolved); weights.safetensors, or graphs/<part>.onnx where it is frozen; in files/
+what the input needs, such as a tokenizer.
 """
 
 from __future__ import annotations

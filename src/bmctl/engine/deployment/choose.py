@@ -236,9 +236,7 @@ def _open_bare(path: Path, *, backend: str) -> Chosen:
     if name not in ("onnxruntime", "openvino"):
         raise UsageError(f"an .onnx file does not run on {name}", hint=f"bmctl import {path} -o RUN; bmctl export RUN")
     onnxfile.check_onnx(path)
-    stack, module, signature = ExitStack(), BACKENDS[name], read_signature(path)
-    opened = (
-        open_graph(path) if name == "onnxruntime" else module.open(path, config=module.Config(), signature=signature)
-    )
+    stack, module = ExitStack(), BACKENDS[name]
+    opened = open_graph(path) if name == "onnxruntime" else module.open(path, config=module.Config())
     runners = _batched({PART: stack.enter_context(opened)})
     return Chosen(runners, stack, name, f"{name}: {path.name} has no manifest beside it")
