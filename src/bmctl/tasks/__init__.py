@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from bmctl.core.columns import Column
 from bmctl.core.evaluation import Evaluation
 from bmctl.core.runner import Runner
 from bmctl.schema import Signature, Strict, TensorSpec
@@ -44,6 +45,16 @@ class Task(Protocol):
     COLUMNS: tuple[str, ...]
     METRIC: ClassVar[str]
 
+    def needs(self, config: Any) -> tuple[str, ...]:
+        """Columns that the targets are taken from: the model does not see them."""
+        ...
+
+    def facts(self, columns: Mapping[str, Column], config: Any) -> Strict: ...
+    def balance(self, config: Any) -> str | None:
+        """The column of which `limit` takes the classes in equal numbers; None takes samples as they come."""
+        ...
+
+    def targets(self, records: Mapping[str, Sequence[Any]], *, config: Any, facts: Any) -> dict[str, np.ndarray]: ...
     def told(self, facts: Any) -> dict[str, Any]:
         """What a model's constructor must know, such as the number of classes."""
         ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from bmctl.core.columns import Class, Column
 from bmctl.core.evaluation import Evaluation
 from bmctl.core.runner import Runner
 from bmctl.errors import DataError, DivergedError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 METRIC = "accuracy"
 GIVES = ("logits",)
+LABEL = "label"
 COLUMNS = ("class_name", "class_index", "score")
 TOP = 5
 """Classes that a prediction names."""
@@ -28,11 +30,49 @@ class Config(Strict):
 
 
 class Facts(Strict):
-    """Attributes:
-    class_names: In the order of the logits.
+    """What the data say that a model of this task has to know.
+
+    Attributes:
+        class_names: In the order of the logits.
     """
 
+    kind: Literal["classify"] = "classify"
     class_names: Many[str]
+
+
+# -- data -------------------------------------------------------------------------------------------
+
+
+def needs(config: Config) -> tuple[str, ...]:
+    """Columns that the targets are taken from: the model does not see them."""
+    return (LABEL,)
+
+
+def facts(columns: Mapping[str, Column], config: Config) -> Facts:
+    """The classes.
+
+    Raises:
+        DataError: The source has no labels.
+    """
+    column = columns.get(LABEL)
+    if not isinstance(column, Class):
+        raise DataError(
+            f"data.source: its samples have {', '.join(columns)}, and no label to classify by",
+            hint="take a source with labels, or another task",
+        )
+    return Facts(class_names=column.names)
+
+
+def balance(config: Config) -> str | None:
+    """The column of which `limit` takes the classes in equal numbers."""
+    return LABEL
+
+
+def targets(records: Mapping[str, Sequence[Any]], *, config: Config, facts: Facts) -> dict[str, np.ndarray]:
+    """``label``: int64 [n]."""
+    import numpy as np
+
+    return {LABEL: np.asarray(records[LABEL], np.int64)}
 
 
 def told(facts: Facts) -> dict[str, Any]:
@@ -54,12 +94,12 @@ def loss(outputs: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor],
     from torch.nn import functional
 
     logits = outputs["logits"].float()
-    return functional.cross_entropy(logits, batch["label"], label_smoothing=config.label_smoothing)
+    return functional.cross_entropy(logits, batch[LABEL], label_smoothing=config.label_smoothing)
 
 
 def score(outputs: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """float32 [N]: 1 where the largest logit is the target's, else 0."""
-    return (outputs["logits"].argmax(dim=1) == batch["label"]).float()
+    return (outputs["logits"].argmax(dim=1) == batch[LABEL]).float()
 
 
 def distill_loss(
@@ -155,7 +195,7 @@ def evaluate(
 
     predicted, target, losses = [], [], []
     for batch in batches:
-        labels = batch["label"]
+        labels = batch[LABEL]
         logits = _logits(runners["model"], batch).astype(np.float32, copy=False)
         _check(logits, labels)
         predicted.append(logits.argmax(axis=1))
