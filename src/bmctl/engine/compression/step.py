@@ -128,8 +128,8 @@ def _recover(work: Work, step: ModuleStepConfig, model: nn.Module, meta: Meta) -
     result = train.fit(
         model,
         fit=recover.fit,
-        train=open_split(recipe, name="train", given=given, augment=True),
-        val=open_split(recipe, name="val", given=given),
+        train=open_split(context.data, name="train", given=given, augment=True),
+        val=open_split(context.data, name="val", given=given),
         task=TASKS[recipe.task.kind],
         task_config=recipe.task,
         context=context,
@@ -163,7 +163,7 @@ def _about(work: Work, meta: Meta) -> dict[str, Any]:
         parts=manifest.parts,
         facts=manifest.facts,
         task=recipe.task.model_dump(mode="json"),
-        data_fingerprint=data_fingerprint(recipe),
+        data_fingerprint=data_fingerprint(work.context.data),
         history=(*manifest.history, Structure(step=work.step.model_dump(mode="json"), meta=meta)),
         recipe=recipe.model_dump(mode="json"),
     )

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bmctl.core.requests import OnBad, Requests
 from bmctl.core.runner import batch_axes
 from bmctl.engine.artifacts.opening import task_of
 from bmctl.engine.deployment.choose import Chosen, open_source
-from bmctl.engine.deployment.requests import OnBad, Requests, open_requests
+from bmctl.engine.deployment.requests import open_requests
 from bmctl.errors import PackageError, UnsupportedError
 from bmctl.package import PART
 from bmctl.schema import Emit
@@ -143,7 +144,7 @@ def _stream(
     emit({"event": "start", "stage": "infer", "steps": requests.num_samples})
     with chosen.stack:
         for batch in requests.batches:
-            found = task.predict(chosen.runners, batch.feed, **options)
+            found = task.predict(chosen.runners, batch.fields, **options)
             yield from ({"input": name, **one} for name, one in zip(batch.names, found, strict=True))
             done += len(batch.names)
             now = time.monotonic()

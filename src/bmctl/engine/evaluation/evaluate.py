@@ -21,7 +21,9 @@ from bmctl.engine.artifacts.deployed import Deployed
 from bmctl.engine.artifacts.finding import find_source
 from bmctl.engine.artifacts.opening import backend_of, open_parts
 from bmctl.engine.context import StageContext
-from bmctl.engine.loading.data import Split, array_batches, open_split
+from bmctl.engine.loading.arrays import array_batches
+from bmctl.engine.loading.data import Data, open_split
+from bmctl.engine.loading.split import Split
 from bmctl.errors import DivergedError, GateError, UsageError
 <<<<<<< HEAD
 from bmctl.inputs import Resolved
@@ -72,7 +74,7 @@ def evaluate_parts(
     """
     recipe = source if isinstance(source, Recipe) else source.recipe
     context = None if isinstance(source, Recipe) else source
-    samples = _open(recipe, split, given)
+    samples = _open(source, split, given)
     key = None
     if context is not None and artifact is not None:
         key = _key(recipe, samples, artifact, backend, split)
@@ -120,7 +122,7 @@ def find_evaluation(
 >>>>>>> data
 ) -> Evaluation | None:
     """What RUN/evaluations already knows about an artifact, so that it need not even be opened; None where nothing."""
-    return _find(context, _key(context.recipe, _open(context.recipe, split, given), artifact, backend, split))
+    return _find(context, _key(context.recipe, _open(context, split, given), artifact, backend, split))
 
 
 def keep_evaluation(
@@ -131,7 +133,7 @@ def keep_evaluation(
 >>>>>>> data
 ) -> Path:
     """Write an evaluation into RUN/evaluations, such as one that was made before its package had a hash."""
-    key = _key(context.recipe, _open(context.recipe, split, given), artifact, backend, split)
+    key = _key(context.recipe, _open(context, split, given), artifact, backend, split)
     return _keep(context, evaluation, key)
 
 
@@ -159,7 +161,9 @@ def _keep(context: StageContext, evaluation: Evaluation, key: scores.Key) -> Pat
 
 
 <<<<<<< HEAD
-def _open(recipe: Recipe, split: str, given: Resolved) -> Split:
+def _open(source: StageContext | Recipe, split: str, given: Resolved) -> Split:
+    data = Data(source) if isinstance(source, Recipe) else source.data
+    recipe = data.recipe
 =======
 def _open(recipe: Recipe, split: str, preprocess: InputSpec) -> Split:
 >>>>>>> data
@@ -168,7 +172,7 @@ def _open(recipe: Recipe, split: str, preprocess: InputSpec) -> Split:
             f"there is nothing to evaluate on: recipe {recipe.name!r} has no {'task' if recipe.data else 'data'}",
             hint="give a recipe with both: --recipe RECIPE",
         )
-    return open_split(recipe, name=split, given=given)
+    return open_split(data, name=split, given=given)
 
 
 def _key(recipe: Recipe, samples: Split, artifact: str, backend: str, split: str) -> scores.Key:

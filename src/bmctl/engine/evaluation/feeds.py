@@ -14,7 +14,8 @@ from bmctl.core.runner import Batched, Runner, batch_axes
 from bmctl.engine.artifacts.opening import task_of
 from bmctl.engine.artifacts.recording import Call, Recorder
 from bmctl.engine.context import StageContext
-from bmctl.engine.loading.data import array_batches, data_fingerprint, open_split
+from bmctl.engine.loading.arrays import array_batches
+from bmctl.engine.loading.data import data_fingerprint, open_split
 from bmctl.inputs import Resolved, specs
 from bmctl.package import ModelPackage
 from bmctl.processes.signals import interrupted
@@ -74,7 +75,7 @@ def calibration_calls(
     """
     given = package.given
     assert given is not None
-    for batch in array_batches(open_split(context.recipe, name="calib", given=given), batch_size=CALIBRATION_BATCH):
+    for batch in array_batches(open_split(context.data, name="calib", given=given), batch_size=CALIBRATION_BATCH):
         if context.stop.requested is not None:
             raise interrupted(context.stop.requested, "stopped during calibration; run the same command again")
         calls = _recorded(context, package, runners, batch, num_samples=CALIBRATION_BATCH, whole=False)
@@ -88,8 +89,8 @@ def calibration_record(context: StageContext, package: ModelPackage) -> dict[str
     return {
         "source": recipe.data.model_dump(mode="json", include={"source"})["source"],
         "split": recipe.data.calib.split,
-        "num_samples": len(open_split(recipe, name="calib", given=given)),
-        "fingerprint": data_fingerprint(recipe),
+        "num_samples": len(open_split(context.data, name="calib", given=given)),
+        "fingerprint": data_fingerprint(context.data),
     }
 
 
@@ -132,7 +133,7 @@ def _recorded(
 
 def _batch(context: StageContext, given: Resolved, *, split: str, size: int) -> Fields:
     """The first samples of a split as the model takes them, over again where there are fewer."""
-    found = open_split(context.recipe, name=split, given=given)
+    found = open_split(context.data, name=split, given=given)
     batch = next(islice(array_batches(found, batch_size=size), 1))
     return {name: np.take(array, np.arange(size) % len(array), axis=0) for name, array in batch.items()}
 

@@ -177,9 +177,7 @@ def unprepared(arrays: Mapping[str, np.ndarray], *, given: Resolved, name: str) 
     return {COLUMN: pixels}  # type: ignore[dict-item]
 
 
-def requests(
-    source: str | Path, *, given: Resolved, batch_size: int, on_bad: OnBad = "refuse", emit: Emit
-) -> Requests:
+def requests(source: str | Path, *, given: Resolved, batch_size: int, on_bad: OnBad = "refuse", emit: Emit) -> Requests:
     """An image; a folder, searched through; a .csv with a column `path`; or ``bundled:samples``.
 
     Raises:
