@@ -19,18 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from bmctl import __version__, store
-<<<<<<< HEAD
 from bmctl.errors import PackageError, ResourceError
 from bmctl.inputs import InputSpec, Resolved
 from bmctl.models import ModelSpec
 from bmctl.schema import Many, Signature, Strict
-=======
-from bmctl.errors import BmctlError, PackageError, RecipeError, ResourceError, UnsupportedError
-from bmctl.inputs import InputSpec
-from bmctl.methods import METHODS
-from bmctl.models import ModelSpec
-from bmctl.schema import Many, Strict, TensorSpec
->>>>>>> data
 from bmctl.store import FileRecord
 from bmctl.weights import save_weights
 
@@ -82,15 +74,8 @@ class Manifest(Strict):
     original: str | None = None
     model: ModelSpec | None = None
     frozen: bool = False
-<<<<<<< HEAD
     parts: dict[str, Signature] = Field(default_factory=dict)
     input: InputSpec | None = None
-=======
-    inputs: Many[TensorSpec] = ()
-    outputs: Many[TensorSpec] = ()
-    preprocess: InputSpec | None = None
-    class_names: Many[str] = ()
->>>>>>> data
     task: dict[str, Any] | None = None
     facts: dict[str, Any] | None = None
     history: Many[Structure] = ()

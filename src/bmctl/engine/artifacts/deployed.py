@@ -21,14 +21,9 @@ from bmctl.core.runner import Runner
 from bmctl.engine.artifacts.parity import Parity
 from bmctl.engine.artifacts.recording import Call
 from bmctl.errors import PackageError
-<<<<<<< HEAD
 from bmctl.inputs import InputSpec, Resolved
 from bmctl.package import read_files
 from bmctl.schema import Signature, Span, Strict
-=======
-from bmctl.inputs import InputSpec
-from bmctl.schema import Many, Signature, Span, Strict, TensorSpec
->>>>>>> data
 from bmctl.store import FileRecord
 
 SAMPLE = "sample.safetensors"
@@ -76,14 +71,7 @@ class DeployManifest(Strict):
     package: str
     parts: dict[str, DeployedPart]
     axes: dict[str, Span]
-<<<<<<< HEAD
     input: InputSpec | None
-=======
-    inputs: Many[TensorSpec]
-    outputs: Many[TensorSpec]
-    preprocess: InputSpec | None
-    class_names: Many[str]
->>>>>>> data
     task: dict[str, Any] | None
     facts: dict[str, Any] | None
     precision: str

@@ -15,22 +15,12 @@ from pydantic import ValidationError
 from torch import nn
 
 from bmctl.engine.checkpoints.checkpoint import INDEX, STATE, Checkpoint, open_checkpoint
-<<<<<<< HEAD
 from bmctl.errors import PackageError
 from bmctl.models import ModelSpec
 from bmctl.package import Structure
 from bmctl.recipe import Recipe
 from bmctl.restore import restored
 from bmctl.schema import Many, Preprocess, Signature, Strict
-=======
-from bmctl.errors import BmctlError, PackageError
-from bmctl.inputs import InputSpec
-from bmctl.methods import METHODS
-from bmctl.models import ModelSpec
-from bmctl.package import Structure
-from bmctl.recipe import Recipe
-from bmctl.schema import Many, Strict
->>>>>>> data
 
 
 class About(Strict):
@@ -43,14 +33,9 @@ class About(Strict):
     """
 
     model: ModelSpec
-<<<<<<< HEAD
     preprocess: Preprocess
     facts: dict[str, Any] | None = None
     parts: dict[str, Signature]
-=======
-    preprocess: InputSpec
-    class_names: Many[str]
->>>>>>> data
     task: dict[str, Any] | None = None
     data_fingerprint: str | None = None
     history: Many[Structure] = ()

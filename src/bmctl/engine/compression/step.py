@@ -26,20 +26,12 @@ from bmctl.engine.parallel import settle
 from bmctl.engine.training import train
 from bmctl.errors import BmctlError, RecipeError
 from bmctl.fit import ModuleStepConfig
-<<<<<<< HEAD
 from bmctl.inputs import Resolved
-=======
-from bmctl.inputs import InputSpec
->>>>>>> data
 from bmctl.methods import METHODS, Meta, MethodContext
 from bmctl.package import PART, GraphFile, Manifest, ModelPackage, Structure, derive, open_package, save_package
 from bmctl.recipe import recipe_yaml
-<<<<<<< HEAD
 from bmctl.restore import load_model
 from bmctl.tasks import TASKS, parts_of
-=======
-from bmctl.tasks import TASKS
->>>>>>> data
 from bmctl.weights import save_weights
 
 
@@ -194,7 +186,6 @@ def _graph_step(work: Work) -> None:
     _publish(work, fields, evaluation, backend="onnxruntime", graphs=files)
 
 
-<<<<<<< HEAD
 def _parent_graphs(work: Work, stack: ExitStack) -> tuple[dict[str, Runner], dict[str, Path]]:
     """The parent as runners and as ONNX files, made where it is a module."""
     parent, manifest = work.parent, work.parent.manifest
@@ -231,12 +222,6 @@ def _score(work: Work, score: Callable[[Resolved], Evaluation]) -> Evaluation | 
     given = work.parent.given
     if given is not None and appraise.has_metric(work.context, given):
         return score(given)
-=======
-def _score(work: Work, score: Callable[[InputSpec], Evaluation]) -> Evaluation | None:
-    preprocess = work.parent.manifest.preprocess
-    if preprocess is not None and appraise.has_metric(work.context, preprocess):
-        return score(preprocess)
->>>>>>> data
     work.note("no task and no data: only size, parameters, MACs and latency are measured")
     return None
 

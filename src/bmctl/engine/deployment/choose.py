@@ -20,14 +20,8 @@ from bmctl.engine.artifacts.recording import Call, replay, stretched
 from bmctl.engine.artifacts.reference import open_graph
 from bmctl.engine.evaluation import measure
 from bmctl.errors import DataError, DependencyError, PackageError, ResourceError, UnsupportedError, UsageError
-<<<<<<< HEAD
 from bmctl.inputs import Resolved
 from bmctl.package import GRAPHS, PART, ModelPackage, find_package
-=======
-from bmctl.inputs import InputSpec
-from bmctl.package import ModelPackage, find_package, load_model
-from bmctl.schema import Signature
->>>>>>> data
 
 ROUNDS = 5
 EAGER = "eager"
@@ -50,14 +44,9 @@ class Chosen:
     stack: ExitStack
     backend: str
     why: str
-<<<<<<< HEAD
     given: Resolved | None = None
     task: dict[str, Any] | None = None
     facts: dict[str, Any] | None = None
-=======
-    preprocess: InputSpec | None = None
-    class_names: tuple[str, ...] = ()
->>>>>>> data
 
 
 def open_source(source: Path, *, backend: str = "auto", batch_size: int = 64) -> Chosen:

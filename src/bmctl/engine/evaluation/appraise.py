@@ -18,31 +18,18 @@ from bmctl.engine.artifacts.recording import Call, replay, stretched
 from bmctl.engine.artifacts.reference import open_graph
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import measure
-<<<<<<< HEAD
 from bmctl.engine.evaluation.evaluate import evaluate_parts, keep_evaluation
 from bmctl.inputs import Resolved
 from bmctl.package import Manifest, ModelPackage
-=======
-from bmctl.engine.evaluation.evaluate import eager_part, evaluate_part, keep_evaluation, runner_part
-from bmctl.inputs import InputSpec
-from bmctl.package import ModelPackage
-from bmctl.tasks import Part
->>>>>>> data
 
 BATCH_SIZE = 16
 ROUNDS = 7
 """For the log of a compression step; what ships is timed by the export, at the recipe's own batch and rounds."""
 
 
-<<<<<<< HEAD
 def has_metric(context: StageContext, given: Resolved | None) -> bool:
     """Whether there is something to evaluate on: a task, its data and the way from a sample to the input."""
     return context.recipe.task is not None and context.recipe.data is not None and given is not None
-=======
-def has_metric(context: StageContext, preprocess: InputSpec | None) -> bool:
-    """Whether there is something to evaluate on: a task, its data and the way from image to input."""
-    return context.recipe.task is not None and context.recipe.data is not None and preprocess is not None
->>>>>>> data
 
 
 def metric_of(evaluation: Evaluation) -> dict[str, Any]:
@@ -59,7 +46,6 @@ def metric_of(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-<<<<<<< HEAD
 def score_module(context: StageContext, model: nn.Module, manifest: Manifest, given: Resolved) -> Evaluation:
     """The task's metric on validation, eagerly in fp32, of a model that is to be what the manifest says."""
     runners = open_model(model, manifest, device=context.group.device)
@@ -71,17 +57,6 @@ def score_graphs(context: StageContext, graphs: Mapping[str, Path], manifest: Ma
     with ExitStack() as stack:
         runners = _opened(graphs, manifest, stack)
         return evaluate_parts(context, runners, split="val", given=given, backend="onnxruntime")
-=======
-def score_module(context: StageContext, model: nn.Module, *, preprocess: InputSpec) -> Evaluation:
-    """The task's metric on validation, eagerly in fp32."""
-    return evaluate_part(context, eager_part(model, context.group.device), split="val", preprocess=preprocess)
-
-
-def score_graph(context: StageContext, graph: Path, *, preprocess: InputSpec) -> Evaluation:
-    """The task's metric on validation, on ONNX Runtime."""
-    with open_graph(graph) as runner:
-        return evaluate_part(context, runner_part(runner), split="val", preprocess=preprocess, backend="onnxruntime")
->>>>>>> data
 
 
 def file_score(context: StageContext, package: ModelPackage, evaluation: Evaluation | None, *, backend: str) -> None:

@@ -25,19 +25,11 @@ from bmctl.engine.loading.arrays import array_batches
 from bmctl.engine.loading.data import Data, open_split
 from bmctl.engine.loading.split import Split
 from bmctl.errors import DivergedError, GateError, UsageError
-<<<<<<< HEAD
 from bmctl.inputs import Resolved
 from bmctl.package import ModelPackage
 from bmctl.processes.signals import interrupted
 from bmctl.recipe import Recipe
 from bmctl.tasks import TASKS
-=======
-from bmctl.inputs import InputSpec
-from bmctl.package import find_package, load_model
-from bmctl.processes.signals import interrupted
-from bmctl.recipe import Recipe
-from bmctl.tasks import TASKS, Part
->>>>>>> data
 
 BATCH_SIZE = 64
 
@@ -47,11 +39,7 @@ def evaluate_parts(
     runners: Mapping[str, Runner],
     *,
     split: str,
-<<<<<<< HEAD
     given: Resolved,
-=======
-    preprocess: InputSpec,
->>>>>>> data
     artifact: str | None = None,
     backend: str = "eager",
 ) -> Evaluation:
@@ -115,22 +103,14 @@ def evaluate_artifact(context: StageContext, path: Path, *, split: str) -> Evalu
 
 
 def find_evaluation(
-<<<<<<< HEAD
     context: StageContext, *, artifact: str, backend: str, split: str, given: Resolved
-=======
-    context: StageContext, *, artifact: str, backend: str, split: str, preprocess: InputSpec
->>>>>>> data
 ) -> Evaluation | None:
     """What RUN/evaluations already knows about an artifact, so that it need not even be opened; None where nothing."""
     return _find(context, _key(context.recipe, _open(context, split, given), artifact, backend, split))
 
 
 def keep_evaluation(
-<<<<<<< HEAD
     context: StageContext, evaluation: Evaluation, *, artifact: str, backend: str, split: str, given: Resolved
-=======
-    context: StageContext, evaluation: Evaluation, *, artifact: str, backend: str, split: str, preprocess: InputSpec
->>>>>>> data
 ) -> Path:
     """Write an evaluation into RUN/evaluations, such as one that was made before its package had a hash."""
     key = _key(context.recipe, _open(context, split, given), artifact, backend, split)
@@ -160,13 +140,9 @@ def _keep(context: StageContext, evaluation: Evaluation, key: scores.Key) -> Pat
     return path
 
 
-<<<<<<< HEAD
 def _open(source: StageContext | Recipe, split: str, given: Resolved) -> Split:
     data = Data(source) if isinstance(source, Recipe) else source.data
     recipe = data.recipe
-=======
-def _open(recipe: Recipe, split: str, preprocess: InputSpec) -> Split:
->>>>>>> data
     if recipe.task is None or recipe.data is None:
         raise UsageError(
             f"there is nothing to evaluate on: recipe {recipe.name!r} has no {'task' if recipe.data else 'data'}",
@@ -189,23 +165,9 @@ def _key(recipe: Recipe, samples: Split, artifact: str, backend: str, split: str
     )
 
 
-<<<<<<< HEAD
 def _input(source: ModelPackage | Deployed) -> Resolved:
     given = source.given
     if given is None:
-=======
-def _is_deployed(source: Path) -> bool:
-    """Whether a directory holds an artifact: its manifest says for which backend, a package's does not."""
-    try:
-        manifest = json.loads((source / store.MANIFEST).read_bytes())
-    except (OSError, ValueError):
-        return False  # find_package says what is wrong
-    return isinstance(manifest, dict) and "backend" in manifest
-
-
-def _preprocess(source: Path, preprocess: InputSpec | None) -> InputSpec:
-    if preprocess is None:
->>>>>>> data
         raise UsageError(
             f"{source.path} does not record how samples become its input, as a foreign graph's does not: "
             "it has no metric",
