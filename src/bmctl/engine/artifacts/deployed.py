@@ -159,7 +159,7 @@ def read_sample(deployed: Deployed) -> list[Call]:
         PackageError: It does not hold what the parts take and give.
     """
     try:
-        arrays: Mapping[str, np.ndarray] = load_file(deployed.path / SAMPLE)
+        arrays: dict[str, Any] = load_file(deployed.path / SAMPLE)
         return [
             Call(
                 part,

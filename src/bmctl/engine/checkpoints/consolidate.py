@@ -11,16 +11,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from torch import nn
 
 from bmctl.engine.checkpoints.checkpoint import INDEX, STATE, Checkpoint, open_checkpoint
 from bmctl.errors import PackageError
+from bmctl.inputs import InputSpec, Resolved
 from bmctl.models import ModelSpec
 from bmctl.package import Structure
 from bmctl.recipe import Recipe
 from bmctl.restore import restored
-from bmctl.schema import Many, Preprocess, Signature, Strict
+from bmctl.schema import Many, Signature, Strict
 
 
 class About(Strict):
@@ -28,18 +29,26 @@ class About(Strict):
 
     Attributes:
         model: How to build it.
+        parts: Its graphs, as they will be exported.
+        input: How samples become what it takes; `files` are those that the input needs, such as a tokenizer.
         history: Compression steps that it went through before this training.
         recipe: The run's, resolved, as JSON.
     """
 
     model: ModelSpec
-    preprocess: Preprocess
-    facts: dict[str, Any] | None = None
     parts: dict[str, Signature]
+    input: InputSpec
+    files: dict[str, str] = Field(default_factory=dict)
     task: dict[str, Any] | None = None
+    facts: dict[str, Any] | None = None
     data_fingerprint: str | None = None
     history: Many[Structure] = ()
     recipe: dict[str, Any] | None = None
+
+    @property
+    def given(self) -> Resolved:
+        """How samples become what the model takes."""
+        return Resolved(self.input, {name: text.encode() for name, text in self.files.items()})
 
     def to_json(self) -> dict[str, Any]:
         """For the `about` of a checkpoint's manifest."""

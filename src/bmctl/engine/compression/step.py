@@ -148,11 +148,13 @@ def _recover(work: Work, step: ModuleStepConfig, model: nn.Module, meta: Meta) -
 def _about(work: Work, meta: Meta) -> dict[str, Any]:
     """What checkpoints of the recovery say of the model, which went through this step already."""
     manifest, recipe = work.parent.manifest, work.context.recipe
-    assert manifest.model is not None and manifest.input is not None and recipe.task is not None
+    given = work.parent.given
+    assert manifest.model is not None and given is not None and recipe.task is not None
     about = About(
         model=manifest.model,
-        input=manifest.input,
         parts=manifest.parts,
+        input=given.spec,
+        files={name: content.decode() for name, content in given.files.items()},
         facts=manifest.facts,
         task=recipe.task.model_dump(mode="json"),
         data_fingerprint=data_fingerprint(work.context.data),
