@@ -177,10 +177,9 @@ def _graph_step(work: Work) -> None:
         work.note(text)
     evaluation = _score(work, lambda spec: appraise.score_graph(context, graph, preprocess=spec))
     numbers = appraise.graph_numbers(graph, before=before, example=method_context.example)
-    quantizes = METHODS[step.method].FAMILY == "quantize"
-    precision = {"precision": meta.get("precision", "int8" if quantizes else "fp32")}
+    metrics = {**_val(evaluation), **numbers, "precision": meta["precision"]}
     calibration = meta.get("calibration", manifest.calibration)
-    fields = _manifest(work, meta, {**_val(evaluation), **numbers, **precision}, calibration=calibration)
+    fields = _manifest(work, meta, metrics, calibration=calibration)
     _publish(work, fields, evaluation, backend="onnxruntime", graph=graph)
 
 

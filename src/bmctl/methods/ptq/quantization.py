@@ -11,7 +11,7 @@ import onnxruntime
 
 from bmctl.core import onnxfile, onnxgraph, quiet
 from bmctl.errors import DataError, UnsupportedError
-from bmctl.methods.ptq import ENOUGH, Config
+from bmctl.methods.ptq import Config, num_samples
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,7 +71,7 @@ def _left_over(model: onnx.ModelProto, ignored: list[str]) -> list[str]:
 
 def _samples(config: Config, context: MethodContext, *, shape: tuple[int | str, ...]) -> list[np.ndarray]:
     """float32 [1, ...] each: the first `config.samples`, checked."""
-    wanted = config.samples or ENOUGH
+    wanted = num_samples(config)
     found: list[np.ndarray] = []
     for batch in context.calibration():
         want = [size if isinstance(size, int) else "n" for size in shape]
