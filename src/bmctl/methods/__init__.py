@@ -41,12 +41,25 @@ class MethodContext:
     calibration_record: Mapping[str, Any]
 
 
-class ModuleMethod(Protocol):
-    """LEVEL = "module": changes weights or structure of an nn.Module in place."""
+class Method(Protocol):
+    """What every method says of itself.
 
-    FAMILY: str
+    Attributes:
+        VERB: The command that applies it: prune, quantize or lowrank.
+        LEVEL: ``module`` or ``graph``.
+        CALIBRATES: It looks at calibration samples, so many as its `num_samples(config)` says, and needs data.
+        QUANTIZES: It leaves integers, which no further step rounds again.
+    """
+
+    VERB: str
     LEVEL: str
+    CALIBRATES: bool
+    QUANTIZES: bool
     Config: type[StepConfig]
+
+
+class ModuleMethod(Method, Protocol):
+    """LEVEL = "module": changes weights or structure of an nn.Module in place."""
 
     def apply(self, model: nn.Module, config: StepConfig, context: MethodContext) -> Meta: ...
     def restore(self, model: nn.Module, config: StepConfig, meta: Meta) -> None:
@@ -54,16 +67,20 @@ class ModuleMethod(Protocol):
         ...
 
 
-class GraphMethod(Protocol):
+class GraphMethod(Method, Protocol):
     """LEVEL = "graph": reads an ONNX file, writes another."""
 
-    FAMILY: str
-    LEVEL: str
-    Config: type[StepConfig]
-
-    def apply(self, onnx_path: Path, config: StepConfig, context: MethodContext, *, out: Path) -> Meta: ...
+    def apply(self, onnx_path: Path, config: StepConfig, context: MethodContext, *, out: Path) -> Meta:
+        """Write the file `out`; the meta's `precision` is what the graph computes in then."""
+        ...
 
 
 METHODS: Mapping[str, ModuleType] = MappingProxyType(
-    {"magnitude": magnitude, "structured": structured, "svd": svd, "ptq": ptq, "cast": cast}
+    {"structured": structured, "magnitude": magnitude, "svd": svd, "ptq": ptq, "cast": cast}
 )
+"""By name; the first of a verb is what its command takes where nothing else is said."""
+
+
+def of_verb(verb: str) -> list[str]:
+    """Names of the methods that the command `verb` applies, its default first."""
+    return [name for name, method in METHODS.items() if method.VERB == verb]

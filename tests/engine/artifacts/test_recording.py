@@ -26,7 +26,7 @@ class Scaled(nn.Module):
 
 
 def feed(num: int) -> dict[str, np.ndarray]:
-    return {"x": np.arange(4 * num, dtype=np.float32).reshape(num, 4), "scale": np.float32(2).reshape(())}
+    return {"x": np.arange(4 * num, dtype=np.float32).reshape(num, 4), "scale": np.array(2, np.float32)}
 
 
 def test_calls_of_several_parts_are_kept_in_their_order() -> None:

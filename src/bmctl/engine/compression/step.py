@@ -181,7 +181,7 @@ def _graph_step(work: Work) -> None:
     evaluation = _score(work, lambda given: appraise.score_graphs(context, graphs, manifest, given))
     numbers = appraise.graph_numbers(graphs, before=before, calls=example, manifest=manifest)
     first = next(iter(metas.values()))
-    precision = {"precision": first.get("precision", "int8" if method.FAMILY == "quantize" else "fp32")}
+    precision = {"precision": first["precision"]}
     calibration = first.get("calibration", manifest.calibration)
     fields = _manifest(work, meta, {**_val(evaluation), **numbers, **precision}, calibration=calibration)
     files = {part: GraphFile(path) for part, path in graphs.items()}

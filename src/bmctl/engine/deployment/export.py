@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from bmctl import store
-from bmctl.backends import BACKENDS
+from bmctl.backends import BACKENDS, sibling
 from bmctl.core.runner import Batched
 from bmctl.engine.artifacts import parity
 from bmctl.engine.artifacts.deployed import (
@@ -34,15 +34,6 @@ STAGE = "export"
 NUM_KEPT = 8
 """Samples that travel with an artifact."""
 COARSENESS = ("fp32", "fp16", "bf16", "int8")
-
-
-def choose_tensorrt() -> tuple[str, str]:
-    """The backend that `--tensorrt` means on this machine, and why."""
-    module = BACKENDS["tensorrt"]
-    reason = module.unavailable(module.Config())
-    if not reason:
-        return "tensorrt", "TensorRT and an NVIDIA GPU are here"
-    return "tensorrt_rtx", f"{reason}; TensorRT-RTX builds anywhere, for SM75 to SM121 without SM90 and SM100"
 
 
 def export_package(
@@ -200,6 +191,6 @@ def _keep_rejected(source: Path, target: Path) -> None:
 
 
 def _command_elsewhere(context: StageContext, package: ModelPackage, config: Any) -> str:
-    if config.name != "tensorrt_rtx":
-        return ""
-    return shlex.join(["bmctl", "export", str(package.path), "--backend", "tensorrt", "-o", str(context.run)])
+    other = sibling(config.name)
+    command = ["bmctl", "export", str(package.path), "--backend", other, "-o", str(context.run)]
+    return shlex.join(command) if other else ""

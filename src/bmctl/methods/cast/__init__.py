@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
     from bmctl.methods import Meta, MethodContext
 
-FAMILY = "cast"
+VERB = "quantize"
 LEVEL = "graph"
+CALIBRATES = False
+QUANTIZES = False
 
 
 class Config(StepConfig):

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
     from bmctl.methods import Meta, MethodContext
 
-FAMILY = "quantize"
+VERB = "quantize"
 LEVEL = "graph"
+CALIBRATES = True
+QUANTIZES = True
 
 ENOUGH = 300
 """Calibration samples, as NNCF's own default has it: more hardly move the ranges."""
@@ -41,6 +43,11 @@ class Config(StepConfig):
     preset: Literal["performance", "mixed"] = "performance"
     fast_bias_correction: bool = True
     ignore: Many[str] = ()
+
+
+def num_samples(config: Config) -> int:
+    """Calibration samples that it looks at, where there are as many."""
+    return config.samples or ENOUGH
 
 
 def apply(onnx_path: Path, config: Config, context: MethodContext, *, out: Path) -> Meta:

@@ -12,7 +12,7 @@ import onnxruntime
 from bmctl.core import onnxfile, onnxgraph, quiet
 from bmctl.core.runner import check_feed, rows
 from bmctl.errors import DataError, UnsupportedError
-from bmctl.methods.ptq import ENOUGH, Config
+from bmctl.methods.ptq import Config, num_samples
 from bmctl.schema import BATCH, Signature
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def _left_over(model: onnx.ModelProto, ignored: list[str]) -> list[str]:
 
 def _samples(config: Config, context: MethodContext, signature: Signature) -> list[dict[str, np.ndarray]]:
     """One sample each: the first `config.samples`, checked."""
-    wanted = config.samples or ENOUGH
+    wanted = num_samples(config)
     axes = {spec.name: spec.shape.index(BATCH) for spec in signature.inputs if BATCH in spec.shape}
     found: list[dict[str, np.ndarray]] = []
     for feed in context.calibration():

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
     from bmctl.methods import Meta, MethodContext
 
-FAMILY = "prune"
+VERB = "prune"
 LEVEL = "module"
+CALIBRATES = False
+QUANTIZES = False
 
 
 class Config(ModuleStepConfig):

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
     from bmctl.methods import Meta, MethodContext
 
-FAMILY = "lowrank"
+VERB = "lowrank"
 LEVEL = "module"
+CALIBRATES = False
+QUANTIZES = False
 
 
 class Config(ModuleStepConfig):
