@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
     from bmctl.tasks import Part
 
+    Batch = Mapping[str, torch.Tensor]
+
 METRIC = "accuracy"
+GIVES = ("logits",)
 
 
 class Config(Strict):
@@ -23,38 +26,39 @@ class Config(Strict):
     label_smoothing: Ratio = 0.0
 
 
-def loss(outputs: torch.Tensor, targets: torch.Tensor, *, config: Config) -> torch.Tensor:
+def loss(outputs: Batch, batch: Batch, *, config: Config) -> torch.Tensor:
     """Mean cross-entropy, in float32 whatever the precision of the forward pass.
 
     Args:
-        outputs: Logits [N, K].
-        targets: int64 [N].
+        outputs: `logits` [N, K].
+        batch: `label`, int64 [N].
         config: Label smoothing.
     """
     from torch.nn import functional
 
-    return functional.cross_entropy(outputs.float(), targets, label_smoothing=config.label_smoothing)
+    logits = outputs["logits"].float()
+    return functional.cross_entropy(logits, batch["label"], label_smoothing=config.label_smoothing)
 
 
-def score(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """float32 [N]: 1 where the largest logit is the target's, else 0."""
-    return (outputs.argmax(dim=1) == targets).float()
+def score(outputs: Batch, batch: Batch) -> torch.Tensor:
+    """float32 [N]: 1 where the largest of `logits` is the one of `label`, else 0."""
+    return (outputs["logits"].argmax(dim=1) == batch["label"]).float()
 
 
-def distill_loss(student: torch.Tensor, teacher: torch.Tensor, *, temperature: float) -> torch.Tensor:
+def distill_loss(student: Batch, teacher: Batch, *, temperature: float) -> torch.Tensor:
     """T^2 KL(teacher || student), both softened by T, mean over samples.
 
     Args:
-        student: Logits [N, K].
-        teacher: Logits [N, K].
+        student: Its outputs: `logits` [N, K].
+        teacher: Its outputs: `logits` [N, K].
         temperature: T.
 
     Source: Hinton, Vinyals, Dean 2015, https://arxiv.org/abs/1503.02531
     """
     from torch.nn import functional
 
-    log_student = functional.log_softmax(student.float() / temperature, dim=1)
-    log_teacher = functional.log_softmax(teacher.float() / temperature, dim=1)
+    log_student = functional.log_softmax(student["logits"].float() / temperature, dim=1)
+    log_teacher = functional.log_softmax(teacher["logits"].float() / temperature, dim=1)
     return temperature**2 * functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
 

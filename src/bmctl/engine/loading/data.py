@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from bmctl.core import images
+from bmctl.engine.batch import Batch
 from bmctl.engine.loading.augment import augment, crop_boxes
-from bmctl.engine.loading.loader import Batch, open_loader
+from bmctl.engine.loading.loader import open_loader
 from bmctl.engine.loading.order import Plan, balanced_order, sample_order, share_of, windowed_order
 from bmctl.errors import DataError, RecipeError
 from bmctl.recipe.sections import AugmentConfig, DataConfig, Recipe
-from bmctl.schema import Preprocess
+from bmctl.schema import BATCH, Preprocess, TensorSpec
 from bmctl.sources import SOURCES, Pictures, Samples, Sharded, Stream
 from bmctl.sources.samples import ArraySamples
 
@@ -52,6 +53,12 @@ class Split:
     @property
     def class_names(self) -> tuple[str, ...]:
         return self.samples.class_names
+
+    @property
+    def given(self) -> tuple[TensorSpec, ...]:
+        """What the model takes of a batch, in order."""
+        shape, meaning = (self.preprocess.channels, *self.preprocess.size), "normalised image, channels first"
+        return (TensorSpec(name="input", shape=(BATCH, *shape), dtype="float32", meaning=meaning),)
 
     def __len__(self) -> int:
         return len(self.indices)

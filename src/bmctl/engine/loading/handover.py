@@ -14,7 +14,7 @@ from bmctl.core import images
 from bmctl.errors import ResourceError
 from bmctl.schema import Preprocess
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+Pair = tuple[torch.Tensor, torch.Tensor]
 """float32 [n, C, H, W] and int64 [n]."""
 
 
@@ -28,7 +28,7 @@ class Form:
     raw: bool
     channels_last: bool
 
-    def tensors(self, pixels: np.ndarray, labels: np.ndarray, spec: Preprocess, *, shared: bool) -> Batch:
+    def tensors(self, pixels: np.ndarray, labels: np.ndarray, spec: Preprocess, *, shared: bool) -> Pair:
         """float32 [n, C, H, W], or uint8 [n, H, W, c] where raw; and int64 [n]."""
         if self.raw:
             x = _empty(pixels.shape, torch.uint8, shared=shared)

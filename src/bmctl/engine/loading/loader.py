@@ -24,7 +24,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from bmctl.core import images
-from bmctl.engine.loading.handover import Batch, Form, no_room, normalised
+from bmctl.engine.batch import Batch
+from bmctl.engine.loading.handover import Form, Pair, no_room, normalised
 from bmctl.engine.loading.order import Plan
 from bmctl.errors import BmctlError, DataError, ResourceError
 from bmctl.schema import Preprocess
@@ -137,11 +138,11 @@ class Loader:
         if self.device is not None:
             x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
         if not self.raw:
-            return x, y
+            return {"input": x, "label": y}
         if self._moments is None or self._moments.device != x.device:
             spec = self.split.preprocess
             self._moments = torch.tensor([spec.mean, spec.std], dtype=torch.float32).to(x.device)
-        return normalised(x, self._moments, channels_last=self.channels_last), y
+        return {"input": normalised(x, self._moments, channels_last=self.channels_last), "label": y}
 
 
 @contextmanager
@@ -284,7 +285,7 @@ class _Desk:
     _next: tuple[Plan, int] | None = None
     _batches: Iterator[tuple[np.ndarray, np.ndarray]] = field(default_factory=lambda: iter(()))
 
-    def __getitems__(self, request: tuple[Plan, int]) -> Batch | BmctlError:
+    def __getitems__(self, request: tuple[Plan, int]) -> Pair | BmctlError:
         plan, step = request
         try:
             if request != self._next:
