@@ -58,17 +58,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     # -- processes, seen from outside and from inside --
     "processes": {"recipe", "store", "disk", "job", "verdict"},
     # -- the engine, from the ground up --
-    "engine.randomness": set(),
+    "engine.batch": set(),
+    "engine.effects": set(),
     "engine.parallel": {"recipe", "core"},
     "engine.context": {"recipe", "engine.parallel", "processes"},
     "engine.modules": {"core"},
-    "engine.computing": {"core", "engine.modules", "engine.parallel", "engine.randomness"},
-    "engine.loading": {"core", "recipe.sections", "models", "sources"},
+    "engine.computing": {"core", "engine.modules", "engine.parallel", "engine.batch", "engine.effects"},
+    "engine.loading": {"core", "recipe.sections", "models", "sources", "engine.batch"},
     "engine.checkpoints": {"recipe", "package", "store", "disk", "models", "methods", "engine.parallel"},
     "engine.artifacts": {"core", "recipe", "store", "backends"},
     "engine.sharding": {
-        "core", "recipe", "models",
-        "engine.modules", "engine.computing", "engine.loading", "engine.parallel",
+        "core", "recipe", "models", "tasks",
+        "engine.modules", "engine.computing", "engine.loading", "engine.parallel", "engine.batch",
     },
     "engine.evaluation": {
         "core", "recipe", "package", "store", "tasks", "backends", "processes",
@@ -77,7 +78,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.training": {
         "core", "recipe", "package", "disk", "models", "tasks", "processes",
         "engine.modules", "engine.computing", "engine.loading", "engine.checkpoints", "engine.sharding",
-        "engine.evaluation", "engine.context", "engine.parallel", "engine.randomness",
+        "engine.evaluation", "engine.context", "engine.parallel", "engine.batch", "engine.effects",
     },
     "engine.compression": {
         "core", "recipe", "package", "weights", "store", "methods", "tasks", "processes",

@@ -55,7 +55,7 @@ def bmctl_epochs(root: Path, *, augmented: bool, num_workers: int, held: ExitSta
     split = data.open_split(recipe, name="train", preprocess=to, augment=True)
     loader = held.enter_context(open_loader(split, seed=0, batch_size=BATCH, num_workers=num_workers))
     for epoch in range(10**9):
-        yield sum(len(y) for x, y in loader.batches(epoch=epoch))
+        yield sum(len(batch["label"]) for batch in loader.batches(epoch=epoch))
 
 
 def torchvision_epochs(root: Path, *, augmented: bool, num_workers: int, held: ExitStack) -> Iterator[int]:

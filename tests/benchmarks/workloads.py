@@ -88,4 +88,4 @@ def batches_of(workload: Workload, *, channels_last: bool) -> list[tuple[torch.T
     layout = torch.channels_last if channels_last else torch.contiguous_format
     split = split_of(workload, num_samples=BATCHES * workload.batch_size)
     made = train_batches(split, seed=0, epoch=0, batch_size=workload.batch_size)
-    return [(x_BCHW.contiguous(memory_format=layout), y_B) for x_BCHW, y_B in made]
+    return [(batch["input"].contiguous(memory_format=layout), batch["label"]) for batch in made]

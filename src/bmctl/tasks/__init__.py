@@ -30,8 +30,39 @@ class Part:
     signature: Signature
 
 
+class Feed(Protocol):
+    """Where a training's batches come from, where a task brings that along, such as a replay memory.
+
+    What it owns is part of every checkpoint: going on from one, it is made anew, then told by `load`.
+    """
+
+    def batches(self, *, epoch: int, start_step: int) -> Iterator[dict[str, torch.Tensor]]:
+        """The rest of an epoch, from the step `start_step` of it on: this process's share, on the device."""
+        ...
+
+    def after(self, step: int) -> None:
+        """So many optimizer steps are done: called after each, before evaluations and checkpoints."""
+        ...
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What this process owns, by name; copied where a checkpoint is written, between two steps."""
+        ...
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put back, in place, what `tensors` gave; on the CPU, and nothing where there was nothing.
+
+        Raises:
+            ValueError: It does not fit; so do RuntimeError, TypeError and KeyError.
+        """
+        ...
+
+
 class Task(Protocol):
     """A module of this folder. `kind` in Config names it.
+
+    A task may have a `feed` as well, which takes the place of the loader: a function that is called as
+    ``feed(train, *, config, model, seed, batch_size, rank, world, device)`` and gives a context manager of a Feed. It
+    is called again for what is tried before the first step, so that making one may change nothing outside of it.
 
     Attributes:
         Facts: What the task must know of the data to be run again without them; manifests keep it.

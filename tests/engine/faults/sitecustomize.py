@@ -50,10 +50,10 @@ def strike() -> None:
 
 
 if KIND == "sampler" and "RANK" in os.environ:
-    from bmctl.engine.training import loop
+    from bmctl.engine.training import feed
 
-    whole = loop.open_loader
-    loop.open_loader = lambda split, **given: whole(split, **{**given, "rank": 0})
+    whole = feed.open_loader
+    feed.open_loader = lambda split, **given: whole(split, **{**given, "rank": 0})
 elif HERE and AT and not AGAIN:
     from bmctl import disk
 

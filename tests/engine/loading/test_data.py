@@ -86,7 +86,8 @@ def test_a_recipe_without_data_says_so() -> None:
 
 
 def epoch(chosen: data.Split, **options: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return list(data.train_batches(chosen, **{"seed": 3, "epoch": 1, "batch_size": 60, **options}))
+    batches = data.train_batches(chosen, **{"seed": 3, "epoch": 1, "batch_size": 60, **options})
+    return [(batch["input"], batch["label"]) for batch in batches]
 
 
 def same(first: list, second: list) -> bool:

@@ -61,7 +61,7 @@ def seen(split: data.Split, *, world: int = 1, num_workers: int = 0, start_step:
     ranks = []
     for rank in range(world):
         with open_loader(split, seed=3, batch_size=BATCH, rank=rank, world=world, num_workers=num_workers) as opened:
-            ranks.append([ids(x) for x, _ in opened.batches(epoch=epoch, start_step=start_step)])
+            ranks.append([ids(batch["input"]) for batch in opened.batches(epoch=epoch, start_step=start_step)])
     return [[each for part in parts for each in part] for parts in zip(*ranks, strict=True)]
 
 
@@ -102,7 +102,7 @@ def test_processes_stay_from_epoch_to_epoch_and_end_with_the_block(tmp_path: Pat
     with opened(split, 2) as one:
         found, pids = [], set()
         for epoch in range(3):
-            found.append([ids(x) for x, _ in one.batches(epoch=epoch)])
+            found.append([ids(batch["input"]) for batch in one.batches(epoch=epoch)])
             pids |= {child.pid for child in multiprocessing.active_children()}
         assert found == expected
         assert len(pids) == 2
@@ -114,15 +114,15 @@ def test_an_epoch_left_half_way_leaves_nothing_behind(kind: str, tmp_path: Path)
     split = open_train(sources(tmp_path)[kind])
     with opened(split, 2) as one:
         next(one.batches(epoch=0))
-        assert [ids(x) for x, _ in one.batches(epoch=1, start_step=3)] == seen(split, start_step=3)
-        assert [ids(x) for x, _ in one.batches(epoch=1)] == seen(split)
+        assert [ids(batch["input"]) for batch in one.batches(epoch=1, start_step=3)] == seen(split, start_step=3)
+        assert [ids(batch["input"]) for batch in one.batches(epoch=1)] == seen(split)
 
 
 def test_layouts_and_what_a_device_normalises_are_equal_bit_for_bit(tmp_path: Path) -> None:
     split = open_train(sources(tmp_path)["tar"], preprocess={"channels": 3, "size": [7, 5]})
     with opened(split, 0) as one:
         expected = list(one.batches(epoch=0))
-    assert expected[0][0].is_contiguous()
+    assert expected[0]["input"].is_contiguous()
     for num_workers in (0, 1):
         for raw in (False, True):
             for channels_last in (False, True):
@@ -130,9 +130,9 @@ def test_layouts_and_what_a_device_normalises_are_equal_bit_for_bit(tmp_path: Pa
                     one.raw = raw
                     found = list(one.batches(epoch=0))
                 layout = torch.channels_last if channels_last else torch.contiguous_format
-                assert all(x.is_contiguous(memory_format=layout) for x, _ in found)
-                assert [ids(x.contiguous()) for x, _ in found] == [ids(x) for x, _ in expected]
-                assert [y.tolist() for _, y in found] == [y.tolist() for _, y in expected]
+                assert all(batch["input"].is_contiguous(memory_format=layout) for batch in found)
+                assert [ids(each["input"].contiguous()) for each in found] == [ids(each["input"]) for each in expected]
+                assert [each["label"].tolist() for each in found] == [each["label"].tolist() for each in expected]
 
 
 def test_global_random_state_is_left_alone(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bmctl.engine import randomness
+from bmctl.engine import effects
 from bmctl.engine.checkpoints.consolidate import About
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import appraise
@@ -15,7 +15,8 @@ from bmctl.engine.loading.data import Split, array_batches, data_fingerprint, op
 from bmctl.engine.loading.leaks import check_leaks
 from bmctl.engine.loading.preprocess import resolve_preprocess
 from bmctl.engine.parallel import settle
-from bmctl.engine.training.train import FitResult, fit, training_key
+from bmctl.engine.training.identity import training_key
+from bmctl.engine.training.train import FitResult, fit
 from bmctl.errors import BmctlError, DataError, RecipeError, UsageError
 from bmctl.models import ModelConfig, ModelSpec, build, input_defaults, resolve, spec_args
 from bmctl.package import Manifest, ModelPackage, derive, load_model, open_package, save_package
@@ -103,7 +104,7 @@ def _build(recipe: Recipe, train: Split) -> tuple[nn.Module, ModelSpec, tuple[st
             size=train.preprocess.size,
         )
     )
-    randomness.seed_all(recipe.seed, stage="build")
+    effects.seed_all(recipe.seed, stage="build")
     model = build(spec, pretrained=recipe.model.pretrained)
     return model, spec, _new_head(recipe.model, num_classes=spec.num_classes)
 
@@ -160,8 +161,6 @@ def _publish(
     assert evaluation is not None and recipe.task is not None
     example = torch.from_numpy(next(array_batches(val, batch_size=2))[0])
     numbers = appraise.module_numbers(context, model, before=None, example=example)
-    shape = (BATCH, preprocess.channels, *preprocess.size)
-    meaning = "normalised image, channels first"
     metrics = {
         "val": appraise.metric_of(evaluation),
         "train": {
@@ -177,7 +176,7 @@ def _publish(
         stage=STAGE,
         key=key,
         model=spec,
-        inputs=(TensorSpec(name="input", shape=shape, dtype="float32", meaning=meaning),),
+        inputs=val.given,
         outputs=(TensorSpec(name="logits", shape=(BATCH, spec.num_classes), dtype="float32", meaning="class scores"),),
         preprocess=preprocess,
         class_names=val.class_names,
