@@ -10,15 +10,21 @@ from bmctl.core import images
 from bmctl.engine.loading.data import choose_samples, data_section
 from bmctl.engine.loading.order import balanced_order
 from bmctl.errors import DataError, RecipeError
-from bmctl.models import InputDefaults, input_defaults
+from bmctl.models import published
 from bmctl.recipe.sections import Recipe
-from bmctl.schema import Preprocess
+from bmctl.schema import BATCH, Preprocess, TensorSpec
 from bmctl.sources import Stream
 from bmctl.sources.samples import ArraySamples
 
 PROBE = 1000
 """Files that are decoded for size, channels, mean and std where the recipe leaves them to the data."""
 _CHUNK = 2048
+
+
+def image_specs(preprocess: Preprocess) -> tuple[TensorSpec, ...]:
+    """What a model of images takes."""
+    shape = (BATCH, preprocess.channels, *preprocess.size)
+    return (TensorSpec(name="input", shape=shape, dtype="float32", meaning="normalised image, channels first"),)
 
 
 def resolve_preprocess(recipe: Recipe) -> Preprocess:
@@ -31,15 +37,15 @@ def resolve_preprocess(recipe: Recipe) -> Preprocess:
         RecipeError: Channels that the model does not take, or not one mean and std per channel.
     """
     asked = data_section(recipe).preprocess
-    known = input_defaults(recipe.model) if recipe.model else InputDefaults()
-    if asked.channels is not None and known.channels not in (None, asked.channels):
+    known = published(recipe.model).of("image") if recipe.model else {}
+    if asked.channels is not None and known.get("channels") not in (None, asked.channels):
         raise RecipeError(
-            f"data.preprocess.channels: {asked.channels}, but the model takes {known.channels}",
-            hint=f"--set data.preprocess.channels={known.channels}",
+            f"data.preprocess.channels: {asked.channels}, but the model takes {known['channels']}",
+            hint=f"--set data.preprocess.channels={known['channels']}",
         )
-    size = (asked.size, asked.size) if isinstance(asked.size, int) else asked.size or known.size
-    channels = asked.channels or known.channels
-    mean, std = asked.mean or known.mean, asked.std or known.std
+    size = (asked.size, asked.size) if isinstance(asked.size, int) else asked.size or known.get("size")
+    channels = asked.channels or known.get("channels")
+    mean, std = asked.mean or known.get("mean"), asked.std or known.get("std")
     if size is None or channels is None or mean is None or std is None:
         probe = _probe(recipe)
         size = size or _common_size(probe)
@@ -54,8 +60,8 @@ def resolve_preprocess(recipe: Recipe) -> Preprocess:
         channels=channels,
         mean=mean,
         std=std,
-        interpolation=asked.interpolation or known.interpolation or "bilinear",
-        crop=asked.crop if asked.crop is not None else known.crop,
+        interpolation=asked.interpolation or known.get("interpolation") or "bilinear",
+        crop=asked.crop if asked.crop is not None else known.get("crop"),
     )
 
 
