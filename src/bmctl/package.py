@@ -19,9 +19,10 @@ from pydantic import Field, ValidationError
 
 from bmctl import __version__, store
 from bmctl.errors import BmctlError, PackageError, RecipeError, ResourceError, UnsupportedError
+from bmctl.inputs import InputSpec
 from bmctl.methods import METHODS
 from bmctl.models import ModelSpec
-from bmctl.schema import Many, Preprocess, Strict, TensorSpec
+from bmctl.schema import Many, Strict, TensorSpec
 from bmctl.store import FileRecord
 from bmctl.weights import load_weights, save_weights
 
@@ -68,7 +69,7 @@ class Manifest(Strict):
     frozen: bool = False
     inputs: Many[TensorSpec] = ()
     outputs: Many[TensorSpec] = ()
-    preprocess: Preprocess | None = None
+    preprocess: InputSpec | None = None
     class_names: Many[str] = ()
     task: dict[str, Any] | None = None
     history: Many[Structure] = ()

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.specs import image_spec, text_spec
 
 from bmctl import models
 from bmctl.errors import DependencyError, RecipeError
 from bmctl.models import ModelConfig, ModelSpec
-from tests.specs import image_spec, text_spec
 
 TINY_BERT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 TINY_DISTILBERT = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32}

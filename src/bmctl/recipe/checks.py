@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 
 from bmctl.backends import BACKENDS
 from bmctl.fit import Fit
+from bmctl.inputs import INPUTS
 from bmctl.methods import METHODS
 from bmctl.recipe.diagnosis import did_you_mean, own_models, shown
-from bmctl.recipe.sections import ExportConfig, LaunchConfig, MeasureConfig
+from bmctl.recipe.sections import ExportConfig, LaunchConfig, MeasureConfig, input_kind
 from bmctl.recipe.yamlio import KeyPath
 from bmctl.schema import BATCH, Span
 
@@ -29,7 +30,8 @@ def check_sections(data: Mapping[str, Any]) -> Found:
     yield from check_loops(data)
     yield from check_axes(data)
     yield from check_steps(data)
-    yield from check_images(data)
+    yield from check_input(data)
+    yield from check_infer(data)
 
 
 def get(data: Mapping[str, Any], path: KeyPath, kind: type[T], default: T) -> T:
@@ -162,19 +164,17 @@ def check_steps(data: Mapping[str, Any]) -> Found:
             yield ("compress", i, "recover"), "recovery is training and needs a `data` section", "add one"
 
 
-def check_images(data: Mapping[str, Any]) -> Found:
-    """Preprocessing whose numbers do not fit together, and an unknown backend to infer with."""
-    path: KeyPath = ("data", "preprocess")
-    mean, std = (get(data, (*path, key), list, []) for key in ("mean", "std"))
-    channels = get(data, (*path, "channels"), int, 0)
-    if mean and std and len(mean) != len(std):
-        yield (*path, "std"), f"{len(std)} values, mean has {len(mean)}", "give one per channel"
-    for key, values in (("mean", mean), ("std", std)):
-        if values and channels and len(values) != channels:
-            yield (*path, key), f"{len(values)} values for {channels} channel(s)", "give one per channel"
-    size = get(data, (*path, "size"), list, [1, 1])
-    if len(size) != 2:
-        yield (*path, "size"), f"must be one number or [height, width], got {len(size)} numbers", "size: [224, 224]"
+def check_input(data: Mapping[str, Any]) -> Found:
+    """Numbers of the input that do not fit together."""
+    path: KeyPath = ("data", "input")
+    given = get(data, path, dict, {})
+    module = INPUTS.get(str(given.get("kind") or input_kind(get(data, ("data", "source"), dict, {}))))
+    for key, message, hint in module.check(given) if module is not None else ():
+        yield (*path, key), message, hint
+
+
+def check_infer(data: Mapping[str, Any]) -> Found:
+    """An unknown backend to infer with."""
     backend = get(data, ("infer", "backend"), str, "auto")
     choices = ["auto", "eager", *BACKENDS]
     if backend not in choices:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType, ModuleType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from bmctl.core.columns import Column
 from bmctl.core.evaluation import Evaluation
 from bmctl.schema import Strict
 from bmctl.tasks import classify
@@ -20,10 +21,27 @@ Part = Callable[["np.ndarray"], "np.ndarray"]
 
 
 class Task(Protocol):
-    """A module of this folder. `kind` in Config names it."""
+    """A module of this folder. `kind` in Config names it.
+
+    Attributes:
+        Facts: What the data say that a model has to know, such as class names; it stands in manifests.
+    """
 
     Config: type[Strict]
+    Facts: type[Strict]
 
+    def needs(self, config: Strict) -> tuple[str, ...]:
+        """Columns that the targets are taken from: the model does not see them."""
+        ...
+
+    def facts(self, columns: Mapping[str, Column], config: Strict) -> Strict: ...
+    def balance(self, config: Strict) -> str | None:
+        """The column of which `limit` takes the classes in equal numbers; None takes samples as they come."""
+        ...
+
+    def targets(
+        self, records: Mapping[str, Sequence[Any]], *, config: Strict, facts: Strict
+    ) -> dict[str, np.ndarray]: ...
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor, *, config: Strict) -> torch.Tensor: ...
     def score(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Per sample score on the device, for progress display."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
+from bmctl.core.columns import Class, Column
 from bmctl.core.evaluation import Evaluation
-from bmctl.schema import Ratio, Strict
+from bmctl.errors import DataError
+from bmctl.schema import Many, Ratio, Strict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,11 +18,55 @@ if TYPE_CHECKING:
     from bmctl.tasks import Part
 
 METRIC = "accuracy"
+LABEL = "label"
 
 
 class Config(Strict):
     kind: Literal["classify"] = "classify"
     label_smoothing: Ratio = 0.0
+
+
+class Facts(Strict):
+    """What the data say that a model of this task has to know.
+
+    Attributes:
+        class_names: In the order of the logits.
+    """
+
+    kind: Literal["classify"] = "classify"
+    class_names: Many[str]
+
+
+def needs(config: Config) -> tuple[str, ...]:
+    """Columns that the targets are taken from: the model does not see them."""
+    return (LABEL,)
+
+
+def facts(columns: Mapping[str, Column], config: Config) -> Facts:
+    """The classes.
+
+    Raises:
+        DataError: The source has no labels.
+    """
+    column = columns.get(LABEL)
+    if not isinstance(column, Class):
+        raise DataError(
+            f"data.source: its samples have {', '.join(columns)}, and no label to classify by",
+            hint="take a source with labels, or another task",
+        )
+    return Facts(class_names=column.names)
+
+
+def balance(config: Config) -> str | None:
+    """The column of which `limit` takes the classes in equal numbers."""
+    return LABEL
+
+
+def targets(records: Mapping[str, Sequence[Any]], *, config: Config, facts: Facts) -> dict[str, np.ndarray]:
+    """``label``: int64 [n]."""
+    import numpy as np
+
+    return {LABEL: np.asarray(records[LABEL], np.int64)}
 
 
 def loss(outputs: torch.Tensor, targets: torch.Tensor, *, config: Config) -> torch.Tensor:
@@ -79,8 +125,6 @@ def evaluate(
     """
     import numpy as np
 
-    from bmctl.errors import DataError
-
     model = parts["model"]
     predicted, target, losses = [], [], []
     for x_nCHW, labels in batches:
@@ -124,7 +168,7 @@ def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
 def _check(logits: np.ndarray, labels: np.ndarray) -> None:
     import numpy as np
 
-    from bmctl.errors import DataError, DivergedError
+    from bmctl.errors import DivergedError
 
     if logits.ndim != 2 or len(logits) != len(labels):
         raise ValueError(f"logits have the shape {logits.shape}, expected ({len(labels)}, classes)")

@@ -14,7 +14,8 @@ from bmctl.backends import BACKENDS
 from bmctl.core.runner import Runner
 from bmctl.engine.artifacts.parity import Parity
 from bmctl.errors import PackageError
-from bmctl.schema import Many, Preprocess, Signature, Span, Strict, TensorSpec
+from bmctl.inputs import InputSpec
+from bmctl.schema import Many, Signature, Span, Strict, TensorSpec
 from bmctl.store import FileRecord
 
 SAMPLE = "sample.safetensors"
@@ -48,7 +49,7 @@ class DeployManifest(Strict):
     axes: dict[str, Span]
     inputs: Many[TensorSpec]
     outputs: Many[TensorSpec]
-    preprocess: Preprocess | None
+    preprocess: InputSpec | None
     class_names: Many[str]
     task: dict[str, Any] | None
     precision: str

@@ -17,11 +17,12 @@ from torch import nn
 from bmctl import models
 from bmctl.engine.checkpoints.checkpoint import INDEX, STATE, Checkpoint, open_checkpoint
 from bmctl.errors import BmctlError, PackageError
+from bmctl.inputs import InputSpec
 from bmctl.methods import METHODS
 from bmctl.models import ModelSpec
 from bmctl.package import Structure
 from bmctl.recipe import Recipe
-from bmctl.schema import Many, Preprocess, Strict
+from bmctl.schema import Many, Strict
 
 
 class About(Strict):
@@ -34,7 +35,7 @@ class About(Strict):
     """
 
     model: ModelSpec
-    preprocess: Preprocess
+    preprocess: InputSpec
     class_names: Many[str]
     task: dict[str, Any] | None = None
     data_fingerprint: str | None = None

@@ -23,10 +23,10 @@ from bmctl.engine.parallel import settle
 from bmctl.engine.training import train
 from bmctl.errors import BmctlError, PackageError, RecipeError
 from bmctl.fit import ModuleStepConfig
+from bmctl.inputs import InputSpec
 from bmctl.methods import METHODS, Meta, MethodContext
 from bmctl.package import Manifest, ModelPackage, Structure, derive, load_model, open_package, save_package
 from bmctl.recipe import recipe_yaml
-from bmctl.schema import Preprocess
 from bmctl.tasks import TASKS
 from bmctl.weights import save_weights
 
@@ -184,7 +184,7 @@ def _graph_step(work: Work) -> None:
     _publish(work, fields, evaluation, backend="onnxruntime", graph=graph)
 
 
-def _score(work: Work, score: Callable[[Preprocess], Evaluation]) -> Evaluation | None:
+def _score(work: Work, score: Callable[[InputSpec], Evaluation]) -> Evaluation | None:
     preprocess = work.parent.manifest.preprocess
     if preprocess is not None and appraise.has_metric(work.context, preprocess):
         return score(preprocess)

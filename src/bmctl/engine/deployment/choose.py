@@ -23,8 +23,9 @@ from bmctl.engine.artifacts import parity
 from bmctl.engine.artifacts.deployed import SAMPLE, Deployed, open_deployed, open_runner
 from bmctl.engine.evaluation import measure
 from bmctl.errors import DataError, DependencyError, PackageError, ResourceError, UnsupportedError, UsageError
+from bmctl.inputs import InputSpec
 from bmctl.package import ModelPackage, find_package, load_model
-from bmctl.schema import Preprocess, Signature
+from bmctl.schema import Signature
 
 ROUNDS = 5
 EAGER = "eager"
@@ -46,7 +47,7 @@ class Chosen:
     runner: Runner
     backend: str
     why: str
-    preprocess: Preprocess | None = None
+    preprocess: InputSpec | None = None
     class_names: tuple[str, ...] = ()
 
 

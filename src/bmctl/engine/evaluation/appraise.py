@@ -17,8 +17,8 @@ from bmctl.engine.artifacts.reference import open_graph
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import measure
 from bmctl.engine.evaluation.evaluate import eager_part, evaluate_part, keep_evaluation, runner_part
+from bmctl.inputs import InputSpec
 from bmctl.package import ModelPackage
-from bmctl.schema import Preprocess
 from bmctl.tasks import Part
 
 BATCH_SIZE = 16
@@ -26,7 +26,7 @@ ROUNDS = 7
 """For the log of a compression step; what ships is timed by the export, at the recipe's own batch and rounds."""
 
 
-def has_metric(context: StageContext, preprocess: Preprocess | None) -> bool:
+def has_metric(context: StageContext, preprocess: InputSpec | None) -> bool:
     """Whether there is something to evaluate on: a task, its data and the way from image to input."""
     return context.recipe.task is not None and context.recipe.data is not None and preprocess is not None
 
@@ -45,12 +45,12 @@ def metric_of(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def score_module(context: StageContext, model: nn.Module, *, preprocess: Preprocess) -> Evaluation:
+def score_module(context: StageContext, model: nn.Module, *, preprocess: InputSpec) -> Evaluation:
     """The task's metric on validation, eagerly in fp32."""
     return evaluate_part(context, eager_part(model, context.group.device), split="val", preprocess=preprocess)
 
 
-def score_graph(context: StageContext, graph: Path, *, preprocess: Preprocess) -> Evaluation:
+def score_graph(context: StageContext, graph: Path, *, preprocess: InputSpec) -> Evaluation:
     """The task's metric on validation, on ONNX Runtime."""
     with open_graph(graph) as runner:
         return evaluate_part(context, runner_part(runner), split="val", preprocess=preprocess, backend="onnxruntime")

@@ -23,10 +23,10 @@ from bmctl.engine.artifacts.reference import open_graph
 from bmctl.engine.context import StageContext
 from bmctl.engine.loading.data import Split, array_batches, open_split
 from bmctl.errors import DivergedError, GateError, UsageError
+from bmctl.inputs import InputSpec
 from bmctl.package import find_package, load_model
 from bmctl.processes.signals import interrupted
 from bmctl.recipe import Recipe
-from bmctl.schema import Preprocess
 from bmctl.tasks import TASKS, Part
 
 BATCH_SIZE = 64
@@ -61,7 +61,7 @@ def evaluate_part(
     part: Part,
     *,
     split: str,
-    preprocess: Preprocess,
+    preprocess: InputSpec,
     artifact: str | None = None,
     backend: str = "eager",
     batch_size: int = BATCH_SIZE,
@@ -139,14 +139,14 @@ def evaluate_artifact(context: StageContext, source: Path, *, split: str) -> Eva
 
 
 def find_evaluation(
-    context: StageContext, *, artifact: str, backend: str, split: str, preprocess: Preprocess
+    context: StageContext, *, artifact: str, backend: str, split: str, preprocess: InputSpec
 ) -> Evaluation | None:
     """What RUN/evaluations already knows about an artifact, so that it need not even be opened; None where nothing."""
     return _find(context, _key(context.recipe, _open(context.recipe, split, preprocess), artifact, backend, split))
 
 
 def keep_evaluation(
-    context: StageContext, evaluation: Evaluation, *, artifact: str, backend: str, split: str, preprocess: Preprocess
+    context: StageContext, evaluation: Evaluation, *, artifact: str, backend: str, split: str, preprocess: InputSpec
 ) -> Path:
     """Write an evaluation into RUN/evaluations, such as one that was made before its package had a hash."""
     key = _key(context.recipe, _open(context.recipe, split, preprocess), artifact, backend, split)
@@ -176,7 +176,7 @@ def _keep(context: StageContext, evaluation: Evaluation, key: scores.Key) -> Pat
     return path
 
 
-def _open(recipe: Recipe, split: str, preprocess: Preprocess) -> Split:
+def _open(recipe: Recipe, split: str, preprocess: InputSpec) -> Split:
     if recipe.task is None or recipe.data is None:
         raise UsageError(
             f"there is nothing to evaluate on: recipe {recipe.name!r} has no {'task' if recipe.data else 'data'}",
@@ -208,7 +208,7 @@ def _is_deployed(source: Path) -> bool:
     return isinstance(manifest, dict) and "backend" in manifest
 
 
-def _preprocess(source: Path, preprocess: Preprocess | None) -> Preprocess:
+def _preprocess(source: Path, preprocess: InputSpec | None) -> InputSpec:
     if preprocess is None:
         raise UsageError(
             f"{source} does not record how images become its input, as a foreign graph's does not: it has no metric",

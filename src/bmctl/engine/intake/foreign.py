@@ -10,8 +10,9 @@ from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import appraise, measure
 from bmctl.engine.intake.importing import STAGE, check_data, numbered, publish
 from bmctl.errors import DataError
+from bmctl.inputs import InputSpec
 from bmctl.package import Manifest, ModelPackage
-from bmctl.schema import Preprocess, TensorSpec
+from bmctl.schema import TensorSpec
 
 
 def import_graph(context: StageContext, path: Path, *, key: str, target: Path) -> ModelPackage:
@@ -72,7 +73,7 @@ def _last(outputs: tuple[TensorSpec, ...]) -> int:
 
 def _preprocess(
     context: StageContext, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], *, path: Path
-) -> Preprocess | None:
+) -> InputSpec | None:
     """From the recipe's data, at the size and channels of the graph; None without data."""
     data = context.recipe.data
     if data is None:

@@ -23,10 +23,11 @@ from bmctl.engine.evaluation import appraise, measure
 from bmctl.engine.intake import statedict
 from bmctl.engine.loading.preprocess import image_specs, resolve_preprocess
 from bmctl.errors import DataError, PackageError, RecipeError, ResourceError, UsageError
+from bmctl.inputs import InputSpec
 from bmctl.models import ModelConfig, ModelSpec
 from bmctl.package import Manifest, ModelPackage, list_packages, open_package, save_package
 from bmctl.recipe import recipe_yaml
-from bmctl.schema import BATCH, Preprocess, TensorSpec
+from bmctl.schema import BATCH, TensorSpec
 
 STAGE = "import"
 PUBLISHED = re.compile(r"(timm|torchvision|transformers|bmctl):.+")
@@ -43,7 +44,7 @@ class Imported:
 
     spec: ModelSpec
     model: nn.Module
-    preprocess: Preprocess
+    preprocess: InputSpec
     class_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
     log: str = ""
@@ -200,7 +201,7 @@ def _known(config: ModelConfig) -> Published:
         return models.published(config)
 
 
-def _count_classes(config: ModelConfig, preprocess: Preprocess, found: statedict.State, *, match: str) -> int:
+def _count_classes(config: ModelConfig, preprocess: InputSpec, found: statedict.State, *, match: str) -> int:
     """How many classes the file's head has: its tensor that, in the model, changes shape with their number."""
     first, second = (models.build(_spec(config, preprocess, num_classes=n)).state_dict() for n in (2, 3))
     heads = [name for name in first if first[name].shape != second[name].shape]
@@ -219,7 +220,7 @@ def _count_classes(config: ModelConfig, preprocess: Preprocess, found: statedict
     return 2  # no head in the file: the matching that follows says what is wrong
 
 
-def _spec(config: ModelConfig, preprocess: Preprocess, *, num_classes: int) -> ModelSpec:
+def _spec(config: ModelConfig, preprocess: InputSpec, *, num_classes: int) -> ModelSpec:
     spec = ModelSpec(
         name=config.name,
         args=models.spec_args(config),
@@ -234,7 +235,7 @@ def numbered(num_classes: int) -> tuple[str, ...]:
     return tuple(f"class_{index}" for index in range(num_classes))
 
 
-def resolve_input(context: StageContext, config: ModelConfig, *, known: Published) -> Preprocess:
+def resolve_input(context: StageContext, config: ModelConfig, *, known: Published) -> InputSpec:
     """From the recipe's data over the publisher where there are data, else as the publisher says.
 
     Raises:
@@ -250,7 +251,7 @@ def resolve_input(context: StageContext, config: ModelConfig, *, known: Publishe
             f"{config.name} takes any input, and nobody says which it was trained on: {', '.join(missing)}",
             hint="give a recipe with its data: --recipe RECIPE",
         )
-    return Preprocess.model_validate(fields)
+    return InputSpec.model_validate(fields)
 
 
 # -- the package ------------------------------------------------------------------------------------
@@ -331,7 +332,7 @@ def publish(
 
 
 def check_data(
-    context: StageContext, class_names: tuple[str, ...], *, preprocess: Preprocess | None, source: str
+    context: StageContext, class_names: tuple[str, ...], *, preprocess: InputSpec | None, source: str
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Hold the head against the recipe's data; returns the class names that count, and what the manifest records.
 
