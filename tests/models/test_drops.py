@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.specs import image_spec
 
 from bmctl import models
 from bmctl.errors import RecipeError
@@ -39,7 +40,7 @@ REFUSED = [
 
 def spec_of(name: str, args: dict, **drops: float) -> ModelSpec:
     config = ModelConfig.model_validate({"name": name, "args": args, **drops})
-    return ModelSpec(name=name, args=models.spec_args(config), num_classes=5, channels=3, size=(32, 32))
+    return image_spec(name, args=models.spec_args(config), num_classes=5, channels=3, size=(32, 32))
 
 
 @pytest.mark.parametrize(("name", "field", "args", "argument"), TAKEN)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.specs import image_spec
 
 from bmctl import models
 from bmctl.errors import RecipeError
-from bmctl.models import ModelSpec
 
 
 def build(name: str, **args: object) -> torch.nn.Module:
-    fields = {"name": f"bmctl:{name}", "args": args, "num_classes": 10, "channels": 1, "size": (28, 28)}
-    return models.build(ModelSpec.model_validate(fields))
+    return models.build(image_spec(f"bmctl:{name}", args=args))
 
 
 def count(model: torch.nn.Module) -> int:

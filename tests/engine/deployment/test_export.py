@@ -17,6 +17,7 @@ import torch
 from safetensors.numpy import load_file
 from tests.methods.graphs import make_context as make_method_context
 from tests.methods.graphs import samples, save_residual
+from tests.specs import image_spec
 
 from bmctl import store
 from bmctl.backends import BACKENDS, onnxruntime, openvino, tensorrt, tensorrt_rtx
@@ -36,7 +37,7 @@ from bmctl.errors import (
     UsageError,
 )
 from bmctl.methods import ptq
-from bmctl.models import ModelSpec, build
+from bmctl.models import build
 from bmctl.package import Manifest, ModelPackage, load_model, save_package
 from bmctl.processes.signals import Stop
 from bmctl.recipe import Recipe, recipe_yaml
@@ -64,7 +65,7 @@ def make_context(run: Path, events: Events, **changes: Any) -> StageContext:
 
 def save_module(run: Path) -> ModelPackage:
     torch.manual_seed(0)
-    spec = ModelSpec(name="bmctl:mlp", num_classes=10, channels=1, size=(28, 28))
+    spec = image_spec("bmctl:mlp")
     manifest = Manifest(
         stage="train",
         key="0" * 64,

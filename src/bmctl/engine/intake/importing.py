@@ -15,14 +15,16 @@ from torch import nn
 
 from bmctl import models, store
 from bmctl.core.evaluation import Evaluation
+from bmctl.core.published import Published
 from bmctl.disk import disk_errors
 from bmctl.engine.checkpoints import consolidate
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import appraise, measure
 from bmctl.engine.intake import statedict
+from bmctl.engine.loading.preprocess import image_specs, resolve_preprocess
 from bmctl.errors import DataError, PackageError, RecipeError, ResourceError, UsageError
 from bmctl.inputs import InputSpec
-from bmctl.models import InputDefaults, ModelConfig, ModelSpec
+from bmctl.models import ModelConfig, ModelSpec
 from bmctl.package import Manifest, ModelPackage, list_packages, open_package, save_package
 from bmctl.recipe import recipe_yaml
 from bmctl.schema import BATCH, TensorSpec
@@ -162,10 +164,11 @@ def _find_done(context: StageContext, target: Path, *, key: str) -> ModelPackage
 
 def _published(context: StageContext, config: ModelConfig) -> Imported:
     config = config.model_copy(update={"pretrained": True})
-    known = models.input_defaults(config)
+    known = models.published(config)
     if known.num_classes is None:
+        told = "brings no classifier" if known.has_weights else "has no published weights"
         raise RecipeError(
-            f"{config.name} has no published weights: it is to be trained",
+            f"{config.name} {told}: it is to be trained",
             hint=f"bmctl train --recipe RECIPE --set model.name={config.name}",
         )
     preprocess = resolve_input(context, config, known=known)
@@ -190,12 +193,12 @@ def _state_dict(context: StageContext, config: ModelConfig, *, path: Path, match
     return Imported(spec, model, preprocess, names, notes, log)
 
 
-def _known(config: ModelConfig) -> InputDefaults:
+def _known(config: ModelConfig) -> Published:
     """What the publisher says: the file may well be its published weights, or have been trained like them."""
     try:
-        return models.input_defaults(config.model_copy(update={"pretrained": True}))
+        return models.published(config.model_copy(update={"pretrained": True}))
     except RecipeError:  # nothing was published
-        return models.input_defaults(config)
+        return models.published(config)
 
 
 def _count_classes(config: ModelConfig, preprocess: InputSpec, found: statedict.State, *, match: str) -> int:
@@ -221,9 +224,8 @@ def _spec(config: ModelConfig, preprocess: InputSpec, *, num_classes: int) -> Mo
     spec = ModelSpec(
         name=config.name,
         args=models.spec_args(config),
-        num_classes=num_classes,
-        channels=preprocess.channels,
-        size=preprocess.size,
+        given=image_specs(preprocess),
+        told={"num_classes": num_classes},
     )
     return models.resolve(spec)
 
@@ -233,18 +235,16 @@ def numbered(num_classes: int) -> tuple[str, ...]:
     return tuple(f"class_{index}" for index in range(num_classes))
 
 
-def resolve_input(context: StageContext, config: ModelConfig, *, known: InputDefaults) -> InputSpec:
+def resolve_input(context: StageContext, config: ModelConfig, *, known: Published) -> InputSpec:
     """From the recipe's data over the publisher where there are data, else as the publisher says.
 
     Raises:
         UsageError: There are no data, and the publisher says too little.
     """
     if context.recipe.data is not None:
-        from bmctl.engine.loading.preprocess import resolve_preprocess
-
-        asked = config.model_copy(update={"pretrained": known.num_classes is not None})
+        asked = config.model_copy(update={"pretrained": known.has_weights})
         return resolve_preprocess(context.recipe.model_copy(update={"model": asked}))
-    fields = known.model_dump(exclude_none=True, exclude={"num_classes", "class_names"})
+    fields = known.of("image")
     missing = [name for name in ("size", "channels", "mean", "std") if name not in fields]
     if missing:
         raise UsageError(
@@ -279,13 +279,11 @@ def _publish(
     if evaluated and appraise.has_metric(context, preprocess):
         evaluation = appraise.score_module(context, model, preprocess=preprocess)
         metrics["val"] = appraise.metric_of(evaluation)
-    shape = (BATCH, preprocess.channels, *preprocess.size)
-    meaning = "normalised image, channels first"
     manifest = Manifest(
         stage=STAGE,
         key=key,
         model=found.spec,
-        inputs=(TensorSpec(name="input", shape=shape, dtype="float32", meaning=meaning),),
+        inputs=found.spec.given,
         outputs=(TensorSpec(name="logits", shape=(BATCH, len(class_names)), dtype="float32", meaning="class scores"),),
         preprocess=preprocess,
         class_names=class_names,

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 import torch
 
 from bmctl.engine.loading.data import open_split
-from bmctl.engine.loading.preprocess import resolve_preprocess
+from bmctl.engine.loading.preprocess import image_specs, resolve_preprocess
 from bmctl.engine.sharding.outline import memory_at_hand, outline_of
 from bmctl.engine.sharding.strategy import USABLE, Outline, amount, choose, loads, state_bytes, untraced
 from bmctl.errors import BmctlError, RecipeError
-from bmctl.models import ModelConfig, ModelSpec, build, input_defaults, spec_args
+from bmctl.models import ModelConfig, ModelSpec, build, published, spec_args
 from bmctl.recipe import Recipe
 from bmctl.schema import BATCH, TensorSpec
 from bmctl.tasks import TASKS
 
 _CLASSES = 1000
 _SIZE = (224, 224)
-_CHANNELS = 3
+_CHANNELS: Literal[3] = 3
 
 
 def sharing(recipe: Recipe) -> dict[str, str]:
@@ -59,13 +59,17 @@ def _spec(recipe: Recipe, model: ModelConfig) -> tuple[ModelSpec, str]:
         preprocess = resolve_preprocess(recipe)
         train = open_split(recipe, name="train", preprocess=preprocess)
     except BmctlError as error:
-        told = input_defaults(model)
-        size, channels = told.size or _SIZE, told.channels or _CHANNELS
-        spec = ModelSpec(name=model.name, args=spec_args(model), num_classes=_CLASSES, channels=channels, size=size)
+        known = published(model).of("image")
+        size, channels = known.get("size") or _SIZE, known.get("channels") or _CHANNELS
+        assumed = Preprocess(size=size, channels=channels, mean=(0.5,) * channels, std=(0.5,) * channels)
+        spec = _spec_of(model, image_specs(assumed), num_classes=_CLASSES)
         shape = "x".join(map(str, (channels, *size)))
         return spec, f"; {_CLASSES} classes and samples of {shape} are assumed, as {error.message}"
-    num_classes, channels, size = len(train.class_names), preprocess.channels, preprocess.size
-    return ModelSpec(name=model.name, args=spec_args(model), num_classes=num_classes, channels=channels, size=size), ""
+    return _spec_of(model, image_specs(preprocess), num_classes=len(train.class_names)), ""
+
+
+def _spec_of(model: ModelConfig, given: tuple[TensorSpec, ...], *, num_classes: int) -> ModelSpec:
+    return ModelSpec(name=model.name, args=spec_args(model), given=given, told={"num_classes": num_classes})
 
 
 def _outline(spec: ModelSpec, *, gives: Sequence[str]) -> Outline:

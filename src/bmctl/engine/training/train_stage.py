@@ -13,12 +13,12 @@ from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import appraise
 from bmctl.engine.loading.data import Split, array_batches, data_fingerprint, open_split
 from bmctl.engine.loading.leaks import check_leaks
-from bmctl.engine.loading.preprocess import resolve_preprocess
+from bmctl.engine.loading.preprocess import image_specs, resolve_preprocess
 from bmctl.engine.parallel import settle
 from bmctl.engine.training.identity import training_key
 from bmctl.engine.training.train import FitResult, fit
 from bmctl.errors import BmctlError, DataError, RecipeError, UsageError
-from bmctl.models import ModelConfig, ModelSpec, build, input_defaults, resolve, spec_args
+from bmctl.models import ModelConfig, ModelSpec, build, published, resolve, spec_args
 from bmctl.package import Manifest, ModelPackage, derive, load_model, open_package, save_package
 from bmctl.recipe import Recipe, recipe_yaml
 from bmctl.schema import BATCH, TensorSpec
@@ -99,23 +99,23 @@ def _build(recipe: Recipe, train: Split) -> tuple[nn.Module, ModelSpec, tuple[st
         ModelSpec(
             name=recipe.model.name,
             args=spec_args(recipe.model),
-            num_classes=len(train.class_names),
-            channels=train.preprocess.channels,
-            size=train.preprocess.size,
+            given=image_specs(train.preprocess),
+            told={"num_classes": len(train.class_names)},
         )
     )
     effects.seed_all(recipe.seed, stage="build")
     model = build(spec, pretrained=recipe.model.pretrained)
-    return model, spec, _new_head(recipe.model, num_classes=spec.num_classes)
+    return model, spec, _new_head(recipe.model, num_classes=len(train.class_names))
 
 
 def _load(start: ModelPackage, train: Split) -> tuple[nn.Module, ModelSpec, tuple[str, ...]]:
     """The package's model, of which the data must know as many classes."""
     model, spec = load_model(start), start.manifest.model
     assert spec is not None
-    if spec.num_classes != len(train.class_names):
+    known, found = spec.told["num_classes"], len(train.class_names)
+    if known != found:
         raise DataError(
-            f"{start.path} tells {spec.num_classes} classes apart, the training data have {len(train.class_names)}",
+            f"{start.path} tells {known} classes apart, the training data have {found}",
             hint="train the recipe's own model, whose last layer fits: bmctl train --recipe RECIPE",
         )
     return model, spec, ()
@@ -123,10 +123,13 @@ def _load(start: ModelPackage, train: Split) -> tuple[nn.Module, ModelSpec, tupl
 
 def _new_head(config: ModelConfig, *, num_classes: int) -> tuple[str, ...]:
     """What is to be said when published weights do not bring the last layer."""
-    published = input_defaults(config).num_classes if config.pretrained else None
-    if published in (None, num_classes):
+    known = published(config) if config.pretrained else None
+    if known is None or known.num_classes == num_classes:
         return ()
-    return (f"{config.name}: its last layer tells {published} classes apart, a new one is trained for {num_classes}",)
+    if known.num_classes is None:
+        return (f"{config.name}: it brings no classifier, one is trained for {num_classes} classes",)
+    told = f"its last layer tells {known.num_classes} classes apart"
+    return (f"{config.name}: {told}, a new one is trained for {num_classes}",)
 
 
 def _done(context: StageContext, target: Path, *, key: str) -> ModelPackage | None:

@@ -12,8 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationError
 
+from bmctl.core.published import Published
 from bmctl.errors import RecipeError
-from bmctl.models.spec import Drops, InputDefaults, ModelConfig, ModelSpec, Probability, bare_name
+from bmctl.models.spec import (
+    Drops,
+    ModelConfig,
+    ModelSpec,
+    Probability,
+    bare_name,
+    check_text,
+    image_of,
+    told_of,
+)
 from bmctl.schema import Many, Strict
 
 if TYPE_CHECKING:
@@ -38,12 +48,13 @@ class ResCNN(Strict):
         """
         from bmctl.models.own import networks
 
-        if min(spec.size) < networks.ResCNN.MIN_SIZE:
+        channels, size = image_of(spec)
+        if min(size) < networks.ResCNN.MIN_SIZE:
             raise RecipeError(
                 f"{spec.name} takes images of at least {networks.ResCNN.MIN_SIZE}x{networks.ResCNN.MIN_SIZE} pixels, "
-                f"got {tuple(spec.size)}"
+                f"got {size}"
             )
-        return networks.ResCNN(num_classes=spec.num_classes, channels=spec.channels, **self.model_dump())
+        return networks.ResCNN(num_classes=told_of(spec, "num_classes"), channels=channels, **self.model_dump())
 
 
 class MLP(Strict):
@@ -60,11 +71,44 @@ class MLP(Strict):
     def build(self, spec: ModelSpec) -> nn.Module:
         from bmctl.models.own import networks
 
-        num_inputs = spec.channels * spec.size[0] * spec.size[1]
-        return networks.MLP(num_inputs=num_inputs, num_classes=spec.num_classes, **self.model_dump())
+        channels, (height, width) = image_of(spec)
+        num_inputs = channels * height * width
+        return networks.MLP(num_inputs=num_inputs, num_classes=told_of(spec, "num_classes"), **self.model_dump())
 
 
-NETWORKS: Mapping[str, type[Strict]] = MappingProxyType({"rescnn": ResCNN, "mlp": MLP})
+class Encoder(Strict):
+    """A small transformer encoder over texts.
+
+    Attributes:
+        width: Of the embeddings and of each layer; a multiple of `heads`.
+        depth: Number of layers.
+        hidden: Width inside the feed-forward half of a layer; None for four times `width`.
+    """
+
+    width: Width = 128
+    depth: Annotated[int, Field(ge=1, le=96)] = 4
+    heads: Annotated[int, Field(ge=1, le=128)] = 4
+    hidden: Width | None = None
+    dropout: Probability = 0.0
+    stochastic_depth: Probability = 0.0
+
+    def build(self, spec: ModelSpec) -> nn.Module:
+        """Raises:
+        RecipeError: A width that the heads cannot share, or an input that is no text.
+        """
+        from bmctl.models.own import networks
+
+        check_text(spec)
+        if self.width % self.heads:
+            raise RecipeError(
+                f"model.args.width: {self.width} is no multiple of heads, {self.heads}",
+                hint=f"--set model.args.width={self.heads * max(1, self.width // self.heads)}",
+            )
+        told = {name: told_of(spec, name) for name in ("num_classes", "vocab_size", "max_tokens")}
+        return networks.Encoder(**told, **{**self.model_dump(), "hidden": self.hidden or 4 * self.width})
+
+
+NETWORKS: Mapping[str, type[Strict]] = MappingProxyType({"rescnn": ResCNN, "mlp": MLP, "encoder": Encoder})
 
 
 def names() -> list[str]:
@@ -72,9 +116,9 @@ def names() -> list[str]:
     return sorted(NETWORKS)
 
 
-def input_defaults(config: ModelConfig) -> InputDefaults:
+def published(config: ModelConfig) -> Published:
     """Anything goes: size, channels and normalisation are the data's."""
-    return InputDefaults()
+    return Published()
 
 
 def drop_arguments(config: ModelConfig) -> Drops:
@@ -109,7 +153,7 @@ def problems(name: str, args: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def build(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
-    """A module from float32 [N, channels, H, W] to logits [N, num_classes].
+    """A module from `spec.given` to logits [N, num_classes].
 
     Raises:
         RecipeError: An argument that the model does not take or out of its bounds; `pretrained`; tiny images.
