@@ -21,7 +21,7 @@ from bmctl import __version__, store
 from bmctl.errors import BmctlError, PackageError, RecipeError, ResourceError, UnsupportedError
 from bmctl.methods import METHODS
 from bmctl.models import ModelSpec
-from bmctl.schema import Many, Preprocess, Strict, TensorSpec
+from bmctl.schema import Many, Preprocess, Span, Strict, TensorSpec
 from bmctl.store import FileRecord
 from bmctl.weights import load_weights, save_weights
 
@@ -53,6 +53,7 @@ class Manifest(Strict):
         model: How to build the module; None for a foreign graph.
         frozen: Carries a graph in place of weights.
         aliases: Tensors that share another one's memory (tied weights): their names, and the one that is stored.
+        axes: Sizes of a foreign graph's free axes but the batch, as they were found by trying it.
         history: Compression steps, oldest first.
         metrics: ``val`` {metric, value, low, high, baseline}, num_params, macs, size_bytes, latency_ms, ...
         files: Every other file of the package.
@@ -68,6 +69,7 @@ class Manifest(Strict):
     frozen: bool = False
     inputs: Many[TensorSpec] = ()
     outputs: Many[TensorSpec] = ()
+    axes: dict[str, Span] = Field(default_factory=dict)
     preprocess: Preprocess | None = None
     class_names: Many[str] = ()
     task: dict[str, Any] | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,19 +18,21 @@ from safetensors.numpy import save_file
 from bmctl import store
 from bmctl.backends import BACKENDS
 from bmctl.core import onnxfile, onnxgraph
-from bmctl.core.runner import Runner
+from bmctl.core.noise import Feed, complete_axes, noise
+from bmctl.core.runner import Batched, Runner, rows
 from bmctl.engine.artifacts import parity
 from bmctl.engine.artifacts.deployed import SAMPLE, Deployed, DeployManifest, open_deployed
 from bmctl.engine.artifacts.graph import export_onnx
 from bmctl.engine.artifacts.reference import open_reference
+from bmctl.engine.artifacts.samples import foreign_feeds
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import measure
-from bmctl.engine.evaluation.evaluate import eager_part, runner_part
+from bmctl.engine.evaluation.evaluate import eager_part
 from bmctl.engine.loading.data import array_batches, open_split
-from bmctl.errors import GateError, ResourceError, UnsupportedError, UsageError
+from bmctl.errors import GateError, ResourceError, UsageError
 from bmctl.package import ModelPackage, load_model
 from bmctl.processes.signals import interrupted
-from bmctl.schema import Signature, TensorSpec
+from bmctl.schema import BATCH, Preprocess, Signature, Span, TensorSpec
 
 STAGE = "export"
 NUM_COMPARED = 64
@@ -44,8 +46,9 @@ class Source:
 
     Attributes:
         graph: The checked ONNX file.
-        x: float32 [NUM_COMPARED, ...], real validation samples, or noise where there are no data.
-        y: The reference's outputs.
+        feeds: Samples of validation, the user's own, or noise where there are no data; some of the first are kept.
+        answers: The reference's outputs for each.
+        axes: Sizes of all its free axes: the recipe's, and for a foreign graph those that were found.
         reference: What computed them, in words.
     """
 
@@ -53,8 +56,9 @@ class Source:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     precision: onnxgraph.Precision
-    x: np.ndarray
-    y: np.ndarray
+    feeds: Sequence[Feed]
+    answers: Sequence[Feed]
+    axes: Mapping[str, Span]
     reference: str
 
 
@@ -130,46 +134,66 @@ def _finished(context: StageContext, package: ModelPackage, config: Any, target:
 def _source(context: StageContext, package: ModelPackage, folder: Path) -> Source:
     """The package's graph, made or checked, and reference outputs on samples."""
     manifest = package.manifest
-    if manifest.frozen:
-        graph = package.graph
-        onnxfile.check_onnx(graph)
-        inputs, outputs = _specs(graph)
-        x = _samples(context, package, inputs)
-        with open_reference(graph) as (runner, reference):
-            y = _run(runner, x)
+    axes = {**manifest.axes, **context.recipe.export.axes}
+    if not manifest.frozen:
+        return _exported(context, package, folder, axes=axes)
+    graph = package.graph
+    onnxfile.check_onnx(graph)
+    signature = Signature(inputs=manifest.inputs, outputs=manifest.outputs)
+    axes = complete_axes(signature, axes)
+    sample = context.recipe.export.sample
+    with open_reference(graph, signature=signature) as (runner, reference):
+        if context.recipe.data is not None and manifest.preprocess is not None:
+            feeds = [{manifest.inputs[0].name: _samples(context, manifest.preprocess)}]
+        else:
+            what = sample or "noise made from the signature: there are no data"
+            context.emit({"event": "note", "stage": STAGE, "text": f"parity is checked on {what}"})
+            asked = Path(sample) if sample is not None else None
+            feeds = foreign_feeds(graph, runner, signature=signature, axes=axes, sample=asked)
+        answers = [_run(runner, feed) for feed in feeds]
+    outputs = _scores(manifest.outputs) if manifest.class_names else manifest.outputs
+    return Source(graph, manifest.inputs, outputs, onnxgraph.precision_of(graph), feeds, answers, axes, reference)
+
+
+def _exported(context: StageContext, package: ModelPackage, folder: Path, *, axes: Mapping[str, Span]) -> Source:
+    """The graph of a module, exported now, and what the module gives."""
+    manifest, model = package.manifest, load_model(package)
+    if context.recipe.data is not None and manifest.preprocess is not None:
+        x = _samples(context, manifest.preprocess)
     else:
-        model = load_model(package)
-        x = _samples(context, package, manifest.inputs)
-        graph = folder / "model.onnx"
-        names = {
-            "input_name": manifest.inputs[0].name if manifest.inputs else "input",
-            "output_name": manifest.outputs[0].name if manifest.outputs else "logits",
-        }
-        try:
-            notes = export_onnx(model, example=torch.from_numpy(x[:2]), out=graph, **names)
-        except GateError:
-            _keep_rejected(folder / "model.onnx.rejected", folder.parent / "model.onnx.rejected")
-            raise
-        for text in notes:
-            context.emit({"event": "note", "stage": STAGE, "text": text})
-        inputs, outputs = _specs(graph)
-        y, reference = eager_part(model)(x), "eager"
-    inputs, outputs = _with_meaning(inputs, manifest.inputs), _with_meaning(outputs, manifest.outputs)
-    return Source(graph, inputs, outputs, onnxgraph.precision_of(graph), x, y, reference)
+        text = "parity is checked on noise made from the signature: there are no data"
+        context.emit({"event": "note", "stage": STAGE, "text": text})
+        given = Signature(inputs=manifest.inputs, outputs=manifest.outputs)
+        sizes = {axis: NUM_COMPARED if axis == BATCH else axes[axis].opt for axis in given.axes}
+        x = noise(given, sizes=sizes)[manifest.inputs[0].name]
+    graph = folder / "model.onnx"
+    names = {
+        "input_name": manifest.inputs[0].name if manifest.inputs else "input",
+        "output_name": manifest.outputs[0].name if manifest.outputs else "logits",
+    }
+    try:
+        notes = export_onnx(model, example=torch.from_numpy(x[:2]), out=graph, **names)
+    except GateError:
+        _keep_rejected(folder / "model.onnx.rejected", folder.parent / "model.onnx.rejected")
+        raise
+    for text in notes:
+        context.emit({"event": "note", "stage": STAGE, "text": text})
+    found = onnxgraph.read_signature(graph)
+    inputs, outputs = _with_meaning(found.inputs, manifest.inputs), _with_meaning(found.outputs, manifest.outputs)
+    outputs = _scores(outputs)
+    y = {outputs[0].name: eager_part(model)(x)}
+    return Source(graph, inputs, outputs, onnxgraph.precision_of(graph), [{inputs[0].name: x}], [y], axes, "eager")
 
 
-def _samples(context: StageContext, package: ModelPackage, inputs: Sequence[TensorSpec]) -> np.ndarray:
+def _scores(outputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    return tuple(spec.model_copy(update={"role": "scores"}) for spec in outputs)
+
+
+def _samples(context: StageContext, preprocess: Preprocess) -> np.ndarray:
     """float32 [NUM_COMPARED, ...]: the first validation samples, over again where there are fewer."""
-    preprocess = package.manifest.preprocess
-    if context.recipe.data is not None and preprocess is not None:
-        split = open_split(context.recipe, name="val", preprocess=preprocess)
-        x, _ = next(iter(array_batches(split, batch_size=NUM_COMPARED)))
-        return np.resize(x, (NUM_COMPARED, *x.shape[1:]))
-    if len(inputs) != 1:
-        raise UnsupportedError(f"{package.path} has {len(inputs)} inputs; parity is checked on graphs with one")
-    context.emit({"event": "note", "stage": STAGE, "text": "no data: parity is checked on noise of the input's shape"})
-    shape = [NUM_COMPARED, *(size if isinstance(size, int) else 1 for size in inputs[0].shape[1:])]
-    return np.random.default_rng(0).standard_normal(shape).astype(inputs[0].dtype)
+    split = open_split(context.recipe, name="val", preprocess=preprocess)
+    x, _ = next(iter(array_batches(split, batch_size=NUM_COMPARED)))
+    return np.resize(x, (NUM_COMPARED, *x.shape[1:]))
 
 
 def _with_meaning(found: Sequence[TensorSpec], known: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
@@ -181,13 +205,15 @@ def _with_meaning(found: Sequence[TensorSpec], known: Sequence[TensorSpec]) -> t
 
 
 def _deploy(context: StageContext, package: ModelPackage, source: Source, *, config: Any, target: Path) -> Deployed:
-    module, axes = BACKENDS[config.name], context.recipe.export.axes
+    module = BACKENDS[config.name]
     signature = Signature(inputs=source.inputs, outputs=source.outputs)
     context.emit({"event": "note", "stage": STAGE, "text": f"building {target}"})
     with store.publishing(target, overwrite=context.overwrite or _is_unproven(target)) as folder:
         artifact = folder / f"model{module.SUFFIX}"
-        meta = module.build(source.graph, config=config, signature=signature, axes=axes, out=artifact)
+        meta = module.build(source.graph, config=config, signature=signature, axes=source.axes, out=artifact)
         reason = module.unavailable(config)
+        for text in meta.get("mended", ()):
+            context.emit({"event": "note", "stage": STAGE, "text": f"{config.name}: {text}"})
         result = None if reason else _check_parity(module, artifact, config, meta, source, target=target)
         _save_sample(folder / SAMPLE, source)
         manifest = DeployManifest(
@@ -195,7 +221,7 @@ def _deploy(context: StageContext, package: ModelPackage, source: Source, *, con
             config=config.model_dump(mode="json"),
             package=package.hash,
             artifact=artifact.name,
-            axes=axes,
+            axes=context.recipe.export.axes,
             inputs=source.inputs,
             outputs=source.outputs,
             preprocess=package.manifest.preprocess,
@@ -227,14 +253,18 @@ def _check_parity(
     precision = _computed_in(config, meta, source.precision)
     signature = Signature(inputs=source.inputs, outputs=source.outputs)
     with module.open(artifact, config=config, signature=signature, meta=meta) as runner:
-        got = _run(runner, source.x)
-    result = parity.compare(
-        source.y,
-        got,
-        tolerance=parity.TOLERANCE[precision],
-        min_agreement=parity.AGREEMENT[precision],
-        source=source.reference,
-    )
+        found = [
+            parity.compare_all(
+                answers,
+                _run(runner, feed),
+                outputs=source.outputs,
+                tolerance=parity.TOLERANCE[precision],
+                min_agreement=parity.AGREEMENT[precision],
+                source=source.reference,
+            )
+            for feed, answers in zip(source.feeds, source.answers, strict=True)
+        ]
+    result = next((one for one in found if not one.passed), found[0])
     if not result.passed:
         rejected = target.with_name(f"{target.name}{module.SUFFIX}.rejected")
         _keep_rejected(artifact, rejected)
@@ -252,19 +282,19 @@ def _computed_in(config: Any, meta: dict[str, Any], precision: onnxgraph.Precisi
     return "fp16" if precision == "fp32" and getattr(config, "tf32", False) else precision
 
 
-def _run(runner: Runner, x: np.ndarray) -> np.ndarray:
+def _run(runner: Runner, feed: Feed) -> Feed:
     """The outputs of all samples, in batches that the runner takes."""
-    return runner_part(runner)(x)
-
-
-def _specs(graph: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    found = onnxgraph.read_signature(graph)
-    return found.inputs, found.outputs
+    return Batched(runner).run(feed)
 
 
 def _save_sample(path: Path, source: Source) -> None:
-    arrays = {source.inputs[0].name: source.x[:NUM_KEPT], source.outputs[0].name: source.y[:NUM_KEPT]}
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+    """Some samples with the reference's outputs; all of them where a graph has no axis of samples."""
+    axes = {spec.name: spec.shape.index(BATCH) for spec in (*source.inputs, *source.outputs) if BATCH in spec.shape}
+    cut = all(spec.name in axes for spec in (*source.inputs, *source.outputs))
+    answers = {name if name not in source.feeds[0] else f"{name}.out": a for name, a in source.answers[0].items()}
+    arrays = {**source.feeds[0], **answers}
+    kept = {name: rows(array, axes.get(name), 0, NUM_KEPT) if cut else array for name, array in arrays.items()}
+    save_file({name: np.ascontiguousarray(array) for name, array in kept.items()}, path)
 
 
 def _keep_rejected(source: Path, target: Path) -> None:

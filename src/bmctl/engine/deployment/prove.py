@@ -9,9 +9,13 @@ import contextlib
 from collections.abc import Sequence
 
 import numpy as np
+from safetensors.numpy import load_file
 
 from bmctl import store
-from bmctl.engine.artifacts.deployed import Deployed, open_runner
+from bmctl.core.noise import Feed
+from bmctl.core.runner import Runner, batch_axes
+from bmctl.engine.artifacts.deployed import SAMPLE, Deployed, open_runner
+from bmctl.engine.artifacts.samples import batch_of, of_batch
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import measure
 from bmctl.engine.evaluation.appraise import has_metric
@@ -43,10 +47,11 @@ def prove(context: StageContext, *, original: ModelPackage, deployed: Sequence[D
 def _time(context: StageContext, runnable: Sequence[Deployed]) -> None:
     config = context.recipe.export.measure
     with contextlib.ExitStack() as stack:
-        runs = {}
+        runs, batch_size = {}, config.batch_size
         for one in runnable:
             runner = stack.enter_context(open_runner(one))
-            feed = {runner.signature.inputs[0].name: _batch(context, one, size=config.batch_size)}
+            feed = _feed(context, one, runner, size=config.batch_size)
+            batch_size = batch_of(feed, signature=runner.signature)
             runs[str(one.path.relative_to(context.run / "deploy"))] = (runner.run, feed)
         if not runs:
             return
@@ -54,7 +59,7 @@ def _time(context: StageContext, runnable: Sequence[Deployed]) -> None:
         latencies = measure.latency(calls, rounds=config.rounds)
     hashes = {str(one.path.relative_to(context.run / "deploy")): one.hash for one in runnable}
     found = Measurements(
-        batch_size=config.batch_size,
+        batch_size=batch_size,
         machine=measure.machine(),
         artifacts={
             name: Timing(
@@ -62,7 +67,7 @@ def _time(context: StageContext, runnable: Sequence[Deployed]) -> None:
                 p90_ms=latency.p90_ms,
                 p99_ms=latency.p99_ms,
                 samples_ms=tuple(latency.samples_ms),
-                throughput=measure.throughput(latency, batch_size=config.batch_size),
+                throughput=measure.throughput(latency, batch_size=batch_size),
                 artifact=hashes[name],
             )
             for name, latency in latencies.items()
@@ -71,11 +76,15 @@ def _time(context: StageContext, runnable: Sequence[Deployed]) -> None:
     store.write_atomic(context.run / "measurements.json", found.model_dump_json(indent=1).encode())
 
 
-def _batch(context: StageContext, one: Deployed, *, size: int) -> np.ndarray:
-    """float32 [size, ...]: real validation samples where there are any, else noise of the graph's shape."""
-    spec, preprocess = one.manifest.inputs[0], one.manifest.preprocess
-    if context.recipe.data is not None and preprocess is not None:
-        x, _ = next(iter(array_batches(open_split(context.recipe, name="val", preprocess=preprocess), batch_size=size)))
-        return np.resize(x, (size, *x.shape[1:]))
-    shape = [size, *(dim if isinstance(dim, int) else 1 for dim in spec.shape[1:])]
-    return np.random.default_rng(0).standard_normal(shape).astype(spec.dtype)
+def _feed(context: StageContext, one: Deployed, runner: Runner, *, size: int) -> Feed:
+    """A batch of `size` samples, or of as many as the artifact takes: of validation, the user's own, or noise."""
+    about, signature = one.manifest, runner.signature
+    _, (_, high) = batch_axes(runner)
+    size = min(size, high or size)
+    if context.recipe.data is not None and about.preprocess is not None:
+        split = open_split(context.recipe, name="val", preprocess=about.preprocess)
+        x, _ = next(iter(array_batches(split, batch_size=size)))
+        return {signature.inputs[0].name: np.resize(x, (size, *x.shape[1:]))}
+    arrays = load_file(one.path / SAMPLE)
+    feed = {spec.name: arrays[spec.name] for spec in signature.inputs}
+    return of_batch(feed, signature=signature, size=size)

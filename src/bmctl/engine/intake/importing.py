@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,18 @@ import torch
 from torch import nn
 
 from bmctl import models, store
-from bmctl.core.evaluation import Evaluation
 from bmctl.disk import disk_errors
 from bmctl.engine.checkpoints import consolidate
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import appraise, measure
 from bmctl.engine.intake import statedict
-from bmctl.errors import DataError, PackageError, RecipeError, ResourceError, UsageError
+from bmctl.engine.intake.foreign import import_graph
+from bmctl.engine.intake.publishing import STAGE, check_data, numbered, publish
+from bmctl.errors import PackageError, RecipeError, ResourceError, UsageError
 from bmctl.models import InputDefaults, ModelConfig, ModelSpec
-from bmctl.package import Manifest, ModelPackage, list_packages, open_package, save_package
-from bmctl.recipe import recipe_yaml
+from bmctl.package import Manifest, ModelPackage, list_packages, open_package
 from bmctl.schema import BATCH, Preprocess, TensorSpec
 
-STAGE = "import"
 PUBLISHED = re.compile(r"(timm|torchvision|transformers|bmctl):.+")
 
 
@@ -85,8 +84,6 @@ def import_stage(
     if done is not None:
         return done
     if config is None:
-        from bmctl.engine.intake.foreign import import_graph
-
         return import_graph(context, path, key=key, target=target)
     found = _published(context, config) if published else _state_dict(context, config, path=path, match=match)
     return _publish(context, found, source=source, key=key, target=target)
@@ -227,11 +224,6 @@ def _spec(config: ModelConfig, preprocess: Preprocess, *, num_classes: int) -> M
     return models.resolve(spec)
 
 
-def numbered(num_classes: int) -> tuple[str, ...]:
-    """Stand-ins for unknown class names."""
-    return tuple(f"class_{index}" for index in range(num_classes))
-
-
 def resolve_input(context: StageContext, config: ModelConfig, *, known: InputDefaults) -> Preprocess:
     """From the recipe's data over the publisher where there are data, else as the publisher says.
 
@@ -303,54 +295,3 @@ def _write_log(context: StageContext, log: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     store.write_atomic(path, b"in the file\tin the model\tshape\n" + log.encode())
     context.emit({"event": "note", "stage": STAGE, "text": f"which tensor went where: {path}"})
-
-
-def publish(
-    context: StageContext,
-    manifest: Manifest,
-    evaluation: Evaluation | None,
-    *,
-    target: Path,
-    model: nn.Module | None = None,
-    graph: Path | None = None,
-    graph_data: Sequence[str] = (),
-) -> ModelPackage:
-    """Save the package, file its evaluation, and say what was noted and done."""
-    for text in manifest.notes:
-        context.emit({"event": "note", "stage": STAGE, "text": text})
-    package = save_package(
-        target,
-        manifest=manifest,
-        recipe_yaml=recipe_yaml(context.recipe),
-        model=model,
-        graph=graph,
-        graph_data=graph_data,
-        overwrite=context.overwrite,
-    )
-    appraise.file_score(context, package, evaluation, backend="eager" if graph is None else "onnxruntime")
-    context.emit({"event": "stage_done", "stage": STAGE, "package": str(target), **package.manifest.metrics})
-    return package
-
-
-def check_data(
-    context: StageContext, class_names: tuple[str, ...], *, preprocess: Preprocess | None, source: str
-) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Hold the head against the recipe's data; returns the class names that count, and what the manifest records.
-
-    Raises:
-        DataError: The data has another number of classes.
-    """
-    recipe = context.recipe
-    if recipe.data is None or preprocess is None:
-        return class_names, {}
-    from bmctl.engine.loading.data import data_fingerprint, open_split
-
-    of_data = open_split(recipe, name="val", preprocess=preprocess).class_names
-    if len(of_data) != len(class_names):
-        raise DataError(
-            f"{source} tells {len(class_names)} classes apart; the recipe's data has {len(of_data)} "
-            f"({', '.join(of_data[:3])}{', ...' if len(of_data) > 3 else ''})",
-            hint="to train a new head on it, set model.pretrained: true in the recipe and run: bmctl train",
-        )
-    task = recipe.task.model_dump(mode="json") if recipe.task is not None else None
-    return of_data, {"task": task, "data_fingerprint": data_fingerprint(recipe)}
