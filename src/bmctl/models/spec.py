@@ -99,7 +99,7 @@ def check_fits(spec: ModelSpec, *, reserved: Collection[str]) -> None:
     taken = sorted(set(spec.args) & set(reserved))
     if taken:
         raise RecipeError(
-            f"model.args.{taken[0]}: bmctl sets this itself, from the data and from data.preprocess",
+            f"model.args.{taken[0]}: bmctl sets this itself, from the data and from data.input",
             hint=f"remove {taken[0]} from model.args",
         )
 
@@ -117,5 +117,5 @@ def construct(make: Callable[[], T], *, spec: ModelSpec) -> T:
         given = f" with {dict(spec.args)}" if spec.args else ""
         raise RecipeError(
             f"model: {spec.name} cannot be built for images of {spec.size[0]}x{spec.size[1]}{given} ({reason})",
-            hint="check model.args and data.preprocess.size against the model's documentation",
+            hint="check model.args and data.input.size against the model's documentation",
         ) from error

@@ -38,7 +38,7 @@ def input_defaults(config: ModelConfig) -> InputDefaults:
     if not config.pretrained:
         return InputDefaults(size=(height, width) if published.fixed_input_size else None)
     _check_published(config.name, published)
-    # timm truncates where Preprocess rounds: this fraction leads to the same pixel. (Three of 1,800 sets of weights pad
+    # timm truncates where our crop rounds: this fraction leads to the same pixel. (Three of 1,800 sets of weights pad
     # instead, crop_pct 1.15: they get no margin.)
     shorter = max(height, math.floor(height / published.crop_pct))
     squash = published.crop_mode == "squash" and published.crop_pct == 1.0

@@ -74,7 +74,7 @@ def build(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
 
     name = bare_name(spec.name)
     if spec.channels != 3:
-        raise RecipeError(f"{spec.name} takes 3 channels, got {spec.channels}", hint="--set data.preprocess.channels=3")
+        raise RecipeError(f"{spec.name} takes 3 channels, got {spec.channels}", hint="--set data.input.channels=3")
     check_fits(spec, reserved=_OURS)
     fixed: dict[str, Any] = _size_argument(name, size=tuple(spec.size))
     if name in ("googlenet", "inception_v3"):  # their auxiliary heads are for training from scratch only
@@ -116,7 +116,7 @@ def load_published(model: nn.Module, state: dict[str, torch.Tensor], *, spec: Mo
         first = str(error).splitlines()[1:2]
         raise RecipeError(
             f"model.pretrained: the published weights of {spec.name} do not fit ({' '.join(first).strip()})",
-            hint="leave model.args and data.preprocess.size as published, or set model.pretrained to false",
+            hint="leave model.args and data.input.size as published, or set model.pretrained to false",
         ) from error
     missing = sorted(set(result.missing_keys) - set(head)) + sorted(result.unexpected_keys)
     if missing:

@@ -31,9 +31,7 @@ def check_leaks(data: Data) -> tuple[str, ...]:
     for name, samples in splits.items():
         others = np.concatenate([sketch for other, sketch in sketches.items() if other != name])
         alike = np.flatnonzero(np.isin(sketches[name], others)).tolist()
-        known[name] = {
-            key: samples.name(index) for key, index in zip(samples.identities(alike), alike, strict=True)
-        }
+        known[name] = {key: samples.name(index) for key, index in zip(samples.identities(alike), alike, strict=True)}
     notes = []
     for first, second in combinations(splits, 2):
         total = len(splits[second])

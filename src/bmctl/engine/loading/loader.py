@@ -18,7 +18,7 @@ from bmctl.engine.loading.desk import Batched, Desk, Steps, death, same, settle_
 from bmctl.engine.loading.handover import Form
 from bmctl.engine.loading.order import Plan
 from bmctl.engine.loading.split import Encoded
-from bmctl.errors import BmctlError, DataError, ResourceError
+from bmctl.errors import BmctlError, DataError
 
 Batch = dict[str, torch.Tensor]
 """What the model takes, in its order, then the task's targets; rows are samples."""

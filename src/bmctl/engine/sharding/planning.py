@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bmctl.engine.loading.data import open_split
-from bmctl.engine.loading.preprocess import resolve_preprocess
+from bmctl.engine.loading.data import Data, open_split, resolve_input
 from bmctl.engine.sharding.outline import memory_at_hand, outline_of
 from bmctl.engine.sharding.strategy import USABLE, Outline, amount, choose, loads, state_bytes
 from bmctl.errors import BmctlError, RecipeError
@@ -52,16 +51,17 @@ def sharing(recipe: Recipe) -> dict[str, str]:
 def _spec(recipe: Recipe, model: ModelConfig) -> tuple[ModelSpec, str]:
     """The model as the data make it, and what is assumed where they are not at hand."""
     try:
-        preprocess = resolve_preprocess(recipe)
-        train = open_split(recipe, name="train", preprocess=preprocess)
+        data = Data(recipe)
+        train = open_split(data, name="train", given=resolve_input(data))
     except BmctlError as error:
         told = input_defaults(model)
         size, channels = told.size or _SIZE, told.channels or _CHANNELS
         spec = ModelSpec(name=model.name, args=spec_args(model), num_classes=_CLASSES, channels=channels, size=size)
         shape = "x".join(map(str, (channels, *size)))
         return spec, f"; {_CLASSES} classes and samples of {shape} are assumed, as {error.message}"
-    num_classes, channels, size = len(train.class_names), preprocess.channels, preprocess.size
-    return ModelSpec(name=model.name, args=spec_args(model), num_classes=num_classes, channels=channels, size=size), ""
+    num_classes, image = len(train.facts.class_names), train.given.spec
+    args = spec_args(model)
+    return ModelSpec(name=model.name, args=args, num_classes=num_classes, channels=image.channels, size=image.size), ""
 
 
 def _outline(spec: ModelSpec) -> Outline:

@@ -120,7 +120,7 @@ def resolve(asked: Config, examples: Examples, *, published: Mapping[str, Any]) 
         DataError: The images differ in size and no size is given, or are all of one colour.
         RecipeError: Channels that the model does not take, or not one mean and std per channel.
     """
-    from bmctl.inputs.image.resolve import resolve
+    from bmctl.inputs.image.defaults import resolve
 
     return resolve(asked, examples, published=published), {}
 
@@ -154,7 +154,7 @@ def finish(
     empty: Callable[[tuple[int, ...], torch.dtype], torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """float32 [n, C, H, W]: (pixel / 255 - mean) / std; in one pass on the host, a quarter of the bytes to a device."""
-    from bmctl.inputs.image.finish import finish
+    from bmctl.inputs.image.device import finish
 
     return {FIELD: finish(fields[FIELD], given.spec, channels_last=channels_last, empty=empty)}
 
@@ -177,14 +177,12 @@ def unprepared(arrays: Mapping[str, np.ndarray], *, given: Resolved, name: str) 
     return {COLUMN: pixels}  # type: ignore[dict-item]
 
 
-def requests(
-    source: str | Path, *, given: Resolved, batch_size: int, on_bad: OnBad = "refuse", emit: Emit
-) -> Requests:
+def requests(source: str | Path, *, given: Resolved, batch_size: int, on_bad: OnBad = "refuse", emit: Emit) -> Requests:
     """An image; a folder, searched through; a .csv with a column `path`; or ``bundled:samples``.
 
     Raises:
         DataError: Nothing there, or no images. While reading: bad images.
     """
-    from bmctl.inputs.image.requests import requests
+    from bmctl.inputs.image.files import requests
 
     return requests(source, given.spec, batch_size=batch_size, on_bad=on_bad, emit=emit)
