@@ -37,7 +37,7 @@ def test_a_list_is_carved_without_overlap(tmp_path: Path, images: list[str]) -> 
     assert [len(part) for part in parts] == [16, 2, 2]
     assert len({each for part in parts for each in part.paths}) == 20
     assert parts[0].columns["label"].names == ("a", "b")
-    assert parts[0].read([0])["picture"][0].shape == (6, 6)
+    assert parts[0].read([0])["picture"][0].size == (6, 6)
 
 
 def test_a_split_column_is_followed(tmp_path: Path, images: list[str]) -> None:
