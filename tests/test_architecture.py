@@ -13,7 +13,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "bmctl"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-PLUGINS = {"models", "sources", "tasks", "methods", "backends"}
+PLUGINS = {"models", "inputs", "sources", "tasks", "methods", "backends"}
 # Room -> the rooms it may import from, anywhere in the file. errors, schema and the version are free to all.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "store": {"disk"},
     "rundir": {"store", "disk", "recipe", "package"},
     "weights": {"store"},
-    "package": {"store", "weights", "methods", "models", "tasks"},
+    "package": {"store", "weights", "methods", "models", "tasks", "inputs"},
     "job": {"store"},
     "verdict": {"job"},
     "launch": {"recipe", "store", "disk", "job", "processes", "engine"},
@@ -51,6 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # -- what plug-ins and the engine both stand on --
     "core": {"store"},
     "models": {"core"},
+    "inputs": {"core"},
     "sources": {"core"},
     "tasks": {"core"},
     "methods": {"core"},
@@ -61,7 +62,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.batch": set(),
     "engine.effects": set(),
     "engine.parallel": {"recipe", "core"},
-    "engine.context": {"recipe", "engine.parallel", "processes"},
+    "engine.loading": {"core", "recipe.sections", "models", "inputs", "sources", "tasks"},
+    "engine.context": {"recipe", "engine.loading", "engine.parallel", "processes"},
     "engine.modules": {"core"},
     "engine.computing": {"core", "engine.modules", "engine.parallel", "engine.batch", "engine.effects"},
     "engine.loading": {"core", "recipe.sections", "models", "sources", "engine.batch"},
@@ -72,25 +74,25 @@ MAY_IMPORT: dict[str, set[str]] = {
         "engine.modules", "engine.computing", "engine.loading", "engine.parallel", "engine.batch",
     },
     "engine.evaluation": {
-        "core", "recipe", "package", "store", "tasks", "backends", "processes",
+        "core", "recipe", "package", "store", "tasks", "backends", "inputs", "processes",
         "engine.modules", "engine.loading", "engine.artifacts", "engine.context",
     },
     "engine.training": {
-        "core", "recipe", "package", "disk", "models", "tasks", "processes",
+        "core", "recipe", "package", "disk", "models", "inputs", "tasks", "processes",
         "engine.modules", "engine.computing", "engine.loading", "engine.checkpoints", "engine.sharding",
         "engine.evaluation", "engine.context", "engine.parallel", "engine.batch", "engine.effects",
     },
     "engine.compression": {
-        "core", "recipe", "package", "weights", "store", "methods", "tasks", "processes",
+        "core", "recipe", "package", "weights", "store", "methods", "inputs", "tasks", "processes",
         "engine.modules", "engine.loading", "engine.checkpoints", "engine.artifacts", "engine.evaluation",
         "engine.training", "engine.context", "engine.parallel",
     },
     "engine.intake": {
-        "core", "recipe", "package", "weights", "store", "disk", "models", "tasks", "backends",
+        "core", "recipe", "package", "weights", "store", "disk", "models", "inputs", "tasks", "backends",
         "engine.loading", "engine.checkpoints", "engine.artifacts", "engine.evaluation", "engine.context",
     },
     "engine.deployment": {
-        "core", "recipe", "package", "store", "report.rows", "backends", "processes",
+        "core", "recipe", "package", "store", "report.rows", "backends", "inputs", "processes",
         "engine.loading", "engine.artifacts", "engine.evaluation", "engine.context",
     },
     "engine.worker": {

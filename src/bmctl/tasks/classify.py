@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bmctl.core.columns import Class, Column
 from bmctl.core.evaluation import Evaluation
-from bmctl.core.runner import Runner
+from bmctl.core.runner import Runner, feed_of
 from bmctl.errors import DataError, DivergedError
 from bmctl.schema import BATCH, Many, Ratio, Signature, Strict, TensorSpec
 
@@ -220,7 +220,7 @@ def evaluate(
 
 def _logits(runner: Runner, batch: Mapping[str, np.ndarray]) -> np.ndarray:
     """Of the one output, whatever a foreign graph calls it."""
-    outputs = runner.run({spec.name: batch[spec.name] for spec in runner.signature.inputs})
+    outputs = runner.run(feed_of(runner, batch))
     return outputs[runner.signature.outputs[0].name]
 
 

@@ -66,8 +66,8 @@ def _spec(recipe: Recipe, model: ModelConfig) -> tuple[ModelSpec, str]:
         known = published(model).of("image")
         size, channels = known.get("size") or _SIZE, known.get("channels") or _CHANNELS
         shape = (channels, *size)
-        given = (TensorSpec(name="input", dtype="float32", shape=(BATCH, *shape)),)
-        spec = ModelSpec(name=model.name, args=spec_args(model), given=given, told={"num_classes": _CLASSES})
+        image = TensorSpec(name="input", dtype="float32", shape=(BATCH, *shape))
+        spec = ModelSpec(name=model.name, args=spec_args(model), given=(image,), told={"num_classes": _CLASSES})
         text = "x".join(map(str, shape))
         return spec, f"; {_CLASSES} classes and samples of {text} are assumed, as {error.message}"
 

@@ -120,7 +120,7 @@ def resolve(asked: Config, examples: Examples, *, published: Mapping[str, Any]) 
         DataError: The images differ in size and no size is given, or are all of one colour.
         RecipeError: Channels that the model does not take, or not one mean and std per channel.
     """
-    from bmctl.inputs.image.resolve import resolve
+    from bmctl.inputs.image.defaults import resolve
 
     return resolve(asked, examples, published=published), {}
 
@@ -129,6 +129,18 @@ def specs(spec: Spec) -> tuple[TensorSpec, ...]:
     """One field: the normalised image."""
     shape = (BATCH, spec.channels, *spec.size)
     return (TensorSpec(name=FIELD, dtype="float32", shape=shape, meaning="normalised image, channels first"),)
+
+
+def fitted(asked: Config, inputs: Sequence[TensorSpec]) -> Config:
+    """The recipe's Config, with the size and channels that a foreign graph's input fixes."""
+    shape = inputs[0].shape if len(inputs) == 1 else ()
+    if len(shape) != 4:
+        return asked
+    channels, size = shape[1], shape[2:]
+    fixed: dict[str, Any] = {"channels": channels} if asked.channels is None and channels in (1, 3) else {}
+    if asked.size is None and all(isinstance(each, int) for each in size):
+        fixed["size"] = size
+    return asked.model_copy(update=fixed)
 
 
 def told(given: Resolved) -> dict[str, Any]:
@@ -159,7 +171,7 @@ def finish(
     empty: Callable[[tuple[int, ...], torch.dtype], torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """float32 [n, C, H, W]: (pixel / 255 - mean) / std; in one pass on the host, a quarter of the bytes to a device."""
-    from bmctl.inputs.image.finish import finish
+    from bmctl.inputs.image.device import finish
 
     return {FIELD: finish(fields[FIELD], given.spec, channels_last=channels_last, empty=empty)}
 
@@ -188,6 +200,6 @@ def requests(source: str | Path, *, given: Resolved, batch_size: int, on_bad: On
     Raises:
         DataError: Nothing there, or no images. While reading: bad images.
     """
-    from bmctl.inputs.image.requests import requests
+    from bmctl.inputs.image.files import requests
 
     return requests(source, given.spec, batch_size=batch_size, on_bad=on_bad, emit=emit)
