@@ -236,7 +236,7 @@ import multiprocessing
 for worker in multiprocessing.active_children():
     os.kill(worker.pid, signal.SIGTERM)
     os.kill(worker.pid, signal.SIGINT)
-print(sum(len(next(batches)[1]) for _ in range(20)))
+print(sum(len(next(batches)["label"]) for _ in range(20)))
 """
 
 

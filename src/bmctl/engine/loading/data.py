@@ -55,7 +55,7 @@ class Split:
         return self.samples.class_names
 
     @property
-    def given(self) -> tuple[TensorSpec, ...]:
+    def specs(self) -> tuple[TensorSpec, ...]:
         """What the model takes of a batch, in order."""
         shape, meaning = (self.preprocess.channels, *self.preprocess.size), "normalised image, channels first"
         return (TensorSpec(name="input", shape=(BATCH, *shape), dtype="float32", meaning=meaning),)

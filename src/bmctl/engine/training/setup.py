@@ -125,7 +125,7 @@ def _kernels(training: Training, undo: ExitStack) -> None:
 
 def _shared(training: Training) -> SharedModel:
     """The model in the hands of the group."""
-    fit, group, given = training.fit, training.context.group, training.train.given
+    fit, group, given = training.fit, training.context.group, training.train.specs
     sizes: dict[str, int] = {}
     if group.world > 1 and any(isinstance(axis, str) and axis != BATCH for spec in given for axis in spec.shape):
         sizes = free_sizes(_batches(training, training.batch_size, 1)[0], given)

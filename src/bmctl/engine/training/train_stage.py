@@ -176,7 +176,7 @@ def _publish(
         stage=STAGE,
         key=key,
         model=spec,
-        inputs=val.given,
+        inputs=val.specs,
         outputs=(TensorSpec(name="logits", shape=(BATCH, spec.num_classes), dtype="float32", meaning="class scores"),),
         preprocess=preprocess,
         class_names=val.class_names,

@@ -87,7 +87,7 @@ class Training:
     feed: Feed = field(init=False)
 
     def __post_init__(self) -> None:
-        self.takes, self.gives = tuple(spec.name for spec in self.train.given), self.task.GIVES
+        self.takes, self.gives = tuple(spec.name for spec in self.train.specs), self.task.GIVES
 
     @property
     def eval_every(self) -> int:
