@@ -16,6 +16,7 @@ from bmctl.engine.checkpoints import checkpoint
 from bmctl.engine.checkpoints.checkpoint import Checkpoint
 from bmctl.engine.checkpoints.saver import Saver
 from bmctl.engine.checkpoints.state import Identity, Snapshot, State, Tensors
+from bmctl.engine.computing.kernels import Kernels
 from bmctl.engine.computing.precision import Precision
 from bmctl.engine.context import StageContext
 from bmctl.engine.parallel import agree, gather, settle
@@ -69,6 +70,7 @@ class Setting:
     forward: Callable[[torch.Tensor], torch.Tensor]
     optimizer: Optimizers
     precision: Precision
+    kernels: Kernels
     scaler: torch.amp.GradScaler
     average: Average | None
     teacher: nn.Module | None
@@ -210,7 +212,8 @@ def go_on(setting: Setting, found: Checkpoint) -> Position:
     settle(group, error)
     assert position is not None
     setting.log.note(f"going on from step {position.step} of {setting.num_steps}")
-    then, now = (manifest.world, manifest.threads, manifest.device), (group.world, group.threads, group.device.type)
+    then = (manifest.world, manifest.threads, manifest.device, manifest.kernels)
+    now = (group.world, group.threads, group.device.type, setting.kernels.names)
     if then != now:
         setting.log.note(
             f"begun by {_crew(*then)}, going on by {_crew(*now)}: "
@@ -219,9 +222,10 @@ def go_on(setting: Setting, found: Checkpoint) -> Position:
     return position
 
 
-def _crew(world: int, threads: int, device: str) -> str:
+def _crew(world: int, threads: int, device: str, kernels: tuple[str, ...]) -> str:
     plural = ["" if number == 1 else ending for number, ending in ((world, "es"), (threads, "s"))]
-    return f"{world} process{plural[0]} with {threads} thread{plural[1]} on {device}"
+    whose = f"bmctl's kernels ({', '.join(kernels)})" if kernels else "torch's kernels"
+    return f"{world} process{plural[0]} with {threads} thread{plural[1]} on {device} and {whose}"
 
 
 def _restore(setting: Setting, found: Checkpoint) -> Position:
@@ -325,5 +329,6 @@ def save(setting: Setting, position: Position) -> None:
         "mesh": {"data": group.world},
         "threads": group.threads,
         "device": group.device.type,
+        "kernels": setting.kernels.names,
     }
     setting.saver.begin(snapshot, step=position.step, fields=fields)

@@ -20,11 +20,11 @@ from bmctl.engine.checkpoints import checkpoint
 from bmctl.engine.checkpoints.checkpoint import Checkpoint
 from bmctl.engine.checkpoints.saver import Saver
 from bmctl.engine.checkpoints.state import Identity
-from bmctl.engine.computing import attention, convolution, linear, selfcheck
+from bmctl.engine.computing import selfcheck
 from bmctl.engine.computing.compiling import compiled
+from bmctl.engine.computing.kernels import Kernels, choose
 from bmctl.engine.computing.precision import Precision, choose_precision
 from bmctl.engine.computing.recompute import keep_activations, recompute_blocks
-from bmctl.engine.computing.tiles import has_tiles
 from bmctl.engine.context import StageContext
 from bmctl.engine.loading.data import Split
 from bmctl.engine.loading.loader import choose_workers, open_loader
@@ -88,10 +88,8 @@ def prepare(training: Training, found: Checkpoint | None, undo: ExitStack) -> Se
         undo.callback(keep_activations, model)
     precision = _precision(training, found)
     undo.enter_context(precision.applied())
-    if precision.name == "bf16" and group.device.type == "cpu" and has_tiles() and not fit.compile:
-        # Before the batch size is tried and the numbers are compared: both are to hold for what will compute.
-        for kernel in (attention, convolution, linear):
-            undo.enter_context(kernel.tuned())
+    # Before the batch size is tried and the numbers are compared: both are to hold for what will compute.
+    undo.enter_context(_kernels(training, precision).applied())
     batch_size = _batch_size(training, found, precision)
     steps_per_epoch, num_steps = _count_steps(fit, len(training.train), batch_size)
     check_batch(group, batch_size)
@@ -104,6 +102,8 @@ def prepare(training: Training, found: Checkpoint | None, undo: ExitStack) -> Se
     if fit.check_precision and found is None and not _is_too_large(training):
         precision = _checked(training, precision, batch_size)
         undo.enter_context(precision.applied())
+    kernels = _kernels(training, precision)
+    training.notes.append(str(kernels))
     spec = training.train.preprocess
     shared = share(
         model,
@@ -139,6 +139,7 @@ def prepare(training: Training, found: Checkpoint | None, undo: ExitStack) -> Se
         forward=forward,
         optimizer=build_optimizer(shared.model, fit.optimizer),
         precision=precision,
+        kernels=kernels,
         scaler=precision.scaler(group.device),
         average=Average(shared.model, decay=fit.ema.decay) if fit.ema is not None else None,
         teacher=training.teacher,
@@ -194,6 +195,11 @@ def _precision(training: Training, found: Checkpoint | None) -> Precision:
     if len(names) == 1:
         return chosen
     return replace(choose_precision("fp32", group.device), reason=f"of {' and '.join(sorted(names))} all have fp32")
+
+
+def _kernels(training: Training, precision: Precision) -> Kernels:
+    fit, group = training.fit, training.context.group
+    return choose(fit.kernels, precision=precision.name, group=group, compiled=fit.compile)
 
 
 def _batch_size(training: Training, found: Checkpoint | None, precision: Precision) -> int:
