@@ -33,7 +33,7 @@ from bmctl.engine.parallel import Group
 from bmctl.errors import DivergedError, GateError, InterruptedRunError, PackageError, UsageError
 from bmctl.inputs import Resolved
 from bmctl.inputs.image import Spec
-from bmctl.models import ModelSpec, build
+from bmctl.models import build
 from bmctl.package import Manifest, ModelPackage, save_package
 from bmctl.processes.signals import Stop
 from bmctl.recipe import Recipe

@@ -31,7 +31,6 @@ from bmctl.engine.intake.importing import import_stage
 from bmctl.engine.parallel import Group
 from bmctl.errors import BmctlError, DataError, PackageError, RecipeError, ResourceError, UnsupportedError, UsageError
 from bmctl.inputs.image.pixels import prepare
-from bmctl.models import ModelSpec
 from bmctl.processes.signals import Stop
 from bmctl.recipe import Recipe
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.engine.runs import Seen, fit, make_context, make_model, make_recipe, steps
 
+from bmctl.engine.computing import kernels
 from bmctl.engine.training import train, validation
 from bmctl.engine.training.schedule import learning_rate
 from bmctl.errors import DataError, DivergedError, InterruptedRunError, PackageError, PreemptedError, UsageError
@@ -35,6 +36,7 @@ def test_every_optimizer_learns(tmp_path: Path, optimizer: str) -> None:
     assert seen.of("start")[0]["steps"] == 20
     assert seen.of("done")[0]["val_metric"] == result.val.value
     assert "fp32: the recipe says so" in result.notes
+    assert "kernels: torch's own (bmctl's are for bf16, and steps are in fp32)" in result.notes
 
 
 def test_events_go_to_tensorboard(tmp_path: Path, monkeypatch) -> None:
@@ -239,6 +241,7 @@ def test_an_earlier_attempt_is_not_overwritten(tmp_path: Path) -> None:
     [
         ("train.optimizer.lr=0.5", PackageError, r"fit.optimizer.lr was 0.001, is 0.5"),
         ("train.optimizer={name: sgd}", PackageError, "state of adamw; the recipe says sgd"),
+        ("train.kernels=torch", PackageError, "fit.kernels was auto, is torch"),
         ("data.train.limit=330", DataError, "the data set changed"),
         ("data.input.augment.flip=true", PackageError, "data.input.augment.flip was False, is True"),
     ],
@@ -284,3 +287,17 @@ def test_other_threads_are_said(tmp_path: Path) -> None:
     group = type(context.group)(**{**vars(context.group), "threads": 3})
     fit(type(context)(**{**vars(context), "group": group}), make_model(recipe))
     assert "not the same weights bit for bit" in seen.notes
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_other_kernels_are_said(tmp_path: Path, monkeypatch, before: bool) -> None:
+    """Begun on a CPU with AMX and going on on one without, or the other way."""
+    monkeypatch.setattr(kernels, "has_tiles", lambda: before)
+    recipe, seen = make_recipe(tmp_path, "train.epochs=1", "train.precision=bf16"), Seen()
+    first = fit(make_context(tmp_path / "run", recipe), make_model(recipe))
+    assert any(note.startswith("kernels: attention, convolution, linear by bmctl") for note in first.notes) is before
+    monkeypatch.setattr(kernels, "has_tiles", lambda: not before)
+    fit(make_context(tmp_path / "run", recipe, seen=seen, resume=True), make_model(recipe))
+    crews = ["torch's kernels", "bmctl's kernels (attention, convolution, linear)"]
+    then, now = (f"1 process with 1 thread on cpu and {crews[tiles]}" for tiles in (before, not before))
+    assert f"begun by {then}, going on by {now}: " in seen.notes
