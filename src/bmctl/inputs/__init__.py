@@ -95,6 +95,10 @@ class Input(Protocol):
         """What the model takes, in order."""
         ...
 
+    def told(self, given: Resolved) -> dict[str, Any]:
+        """What a model's constructor must know besides, such as the size of a vocabulary."""
+        ...
+
     def prepare(self, samples: Any, *, given: Resolved, folder: Path | None) -> Any:
         """The samples, or the same ones with columns that cost less to encode: once, before there are loader processes.
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.engine.intake.test_importing import WITH_DATA, Events, make_context, message_of, rescnn  # noqa: F401  (a fixture)
 from tests.engine.ranks import on_ranks
+from tests.specs import image_spec
 from torch.distributed.fsdp import fully_shard
 
 from bmctl import package, pipeline
@@ -21,14 +22,13 @@ from bmctl.engine.parallel import Group
 from bmctl.errors import PackageError, UsageError
 from bmctl.inputs.image import Spec
 from bmctl.methods import METHODS, MethodContext
-from bmctl.models import ModelSpec
 from bmctl.recipe import Recipe, recipe_yaml
 from bmctl.session import Options
 
 NAMES = tuple(f"kind {number}" for number in range(10))
 RECIPE = {"name": "small", "model": {"name": "bmctl:rescnn"}, **WITH_DATA}
 ABOUT = About(
-    model=ModelSpec(name="bmctl:rescnn", num_classes=10, channels=1, size=(28, 28)),
+    model=image_spec("bmctl:rescnn"),
     preprocess=Spec(size=(28, 28), channels=1, mean=(0.5,), std=(0.5,)),
     class_names=NAMES,
     task={"kind": "classify"},
@@ -151,7 +151,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             {**ABOUT.to_json(), "model": {**ABOUT.model.model_dump(mode="json"), "name": "os:system"}},
             "about.model|built",
         ),
-        ({**ABOUT.to_json(), "model": {**ABOUT.model.model_dump(mode="json"), "num_classes": 11}}, "does not fit"),
+        (
+            {**ABOUT.to_json(), "model": {**ABOUT.model.model_dump(mode="json"), "told": {"num_classes": 11}}},
+            "does not fit",
+        ),
         ({**ABOUT.to_json(), "history": [{"step": {"method": "none"}, "meta": {}}]}, "cannot be built"),
         ({**ABOUT.to_json(), "history": [{"step": {"method": "ptq"}, "meta": {}}]}, "cannot be built"),
         ({**ABOUT.to_json(), "recipe": {"name": 1}}, "recipe"),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.specs import image_spec
 from torch import nn
 
 from bmctl.backends import onnxruntime
@@ -32,7 +33,7 @@ from bmctl.engine.parallel import Group
 from bmctl.errors import DivergedError, GateError, InterruptedRunError, PackageError, UsageError
 from bmctl.inputs import Resolved
 from bmctl.inputs.image import Spec
-from bmctl.models import ModelSpec, build
+from bmctl.models import build
 from bmctl.package import Manifest, ModelPackage, save_package
 from bmctl.processes.signals import Stop
 from bmctl.recipe import Recipe
@@ -40,7 +41,7 @@ from bmctl.schema import TensorSpec
 
 PREPROCESS = Spec(size=(8, 8), channels=1, mean=(0.5,), std=(0.5,))
 HASH = "ab" * 32
-SPEC = ModelSpec(name="bmctl:mlp", num_classes=10, channels=1, size=(8, 8))
+SPEC = image_spec("bmctl:mlp", size=(8, 8))
 
 
 def recipe(**data: Any) -> Recipe:

@@ -15,14 +15,16 @@ from torch import nn
 
 from bmctl import models, store
 from bmctl.core.evaluation import Evaluation
+from bmctl.core.published import Published
 from bmctl.disk import disk_errors
 from bmctl.engine.checkpoints import consolidate
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import appraise, measure
 from bmctl.engine.intake import statedict
+from bmctl.engine.loading import data as loading
 from bmctl.errors import DataError, PackageError, RecipeError, ResourceError, UsageError
 from bmctl.inputs import InputSpec, Resolved, image
-from bmctl.models import InputDefaults, ModelConfig, ModelSpec
+from bmctl.models import ModelConfig, ModelSpec
 from bmctl.package import Manifest, ModelPackage, list_packages, open_package, save_package
 from bmctl.recipe import recipe_yaml
 from bmctl.schema import BATCH, TensorSpec
@@ -162,10 +164,11 @@ def _find_done(context: StageContext, target: Path, *, key: str) -> ModelPackage
 
 def _published(context: StageContext, config: ModelConfig) -> Imported:
     config = config.model_copy(update={"pretrained": True})
-    known = models.input_defaults(config)
+    known = models.published(config)
     if known.num_classes is None:
+        told = "brings no classifier" if known.has_weights else "has no published weights"
         raise RecipeError(
-            f"{config.name} has no published weights: it is to be trained",
+            f"{config.name} {told}: it is to be trained",
             hint=f"bmctl train --recipe RECIPE --set model.name={config.name}",
         )
     preprocess = resolve_input(context, config, known=known)
@@ -190,12 +193,12 @@ def _state_dict(context: StageContext, config: ModelConfig, *, path: Path, match
     return Imported(spec, model, preprocess, names, notes, log)
 
 
-def _known(config: ModelConfig) -> InputDefaults:
+def _known(config: ModelConfig) -> Published:
     """What the publisher says: the file may well be its published weights, or have been trained like them."""
     try:
-        return models.input_defaults(config.model_copy(update={"pretrained": True}))
+        return models.published(config.model_copy(update={"pretrained": True}))
     except RecipeError:  # nothing was published
-        return models.input_defaults(config)
+        return models.published(config)
 
 
 def _count_classes(config: ModelConfig, preprocess: InputSpec, found: statedict.State, *, match: str) -> int:
@@ -221,9 +224,8 @@ def _spec(config: ModelConfig, preprocess: InputSpec, *, num_classes: int) -> Mo
     spec = ModelSpec(
         name=config.name,
         args=models.spec_args(config),
-        num_classes=num_classes,
-        channels=preprocess.channels,
-        size=preprocess.size,
+        given=image.specs(preprocess),
+        told={"num_classes": num_classes},
     )
     return models.resolve(spec)
 
@@ -233,18 +235,16 @@ def numbered(num_classes: int) -> tuple[str, ...]:
     return tuple(f"class_{index}" for index in range(num_classes))
 
 
-def resolve_input(context: StageContext, config: ModelConfig, *, known: InputDefaults) -> InputSpec:
+def resolve_input(context: StageContext, config: ModelConfig, *, known: Published) -> InputSpec:
     """From the recipe's data over the publisher where there are data, else as the publisher says.
 
     Raises:
         UsageError: There are no data, and the publisher says too little.
     """
     if context.recipe.data is not None:
-        from bmctl.engine.loading.data import resolve_input as of_data
-
-        asked = config.model_copy(update={"pretrained": known.num_classes is not None})
-        return of_data(context.data, model=asked).spec
-    fields = known.model_dump(exclude_none=True, exclude={"num_classes", "class_names"})
+        asked = config.model_copy(update={"pretrained": known.has_weights})
+        return loading.resolve_input(context.data, model=asked).spec
+    fields = known.of("image")
     missing = [name for name in ("size", "channels", "mean", "std") if name not in fields]
     if missing:
         raise UsageError(
@@ -279,13 +279,11 @@ def _publish(
     if evaluated and appraise.has_metric(context, preprocess):
         evaluation = appraise.score_module(context, model, preprocess=preprocess)
         metrics["val"] = appraise.metric_of(evaluation)
-    shape = (BATCH, preprocess.channels, *preprocess.size)
-    meaning = "normalised image, channels first"
     manifest = Manifest(
         stage=STAGE,
         key=key,
         model=found.spec,
-        inputs=(TensorSpec(name="input", shape=shape, dtype="float32", meaning=meaning),),
+        inputs=found.spec.given,
         outputs=(TensorSpec(name="logits", shape=(BATCH, len(class_names)), dtype="float32", meaning="class scores"),),
         preprocess=preprocess,
         class_names=class_names,
@@ -344,9 +342,7 @@ def check_data(
     recipe = context.recipe
     if recipe.data is None or preprocess is None:
         return class_names, {}
-    from bmctl.engine.loading.data import data_fingerprint, open_split
-
-    of_data = open_split(context.data, name="val", given=Resolved(preprocess)).facts.class_names
+    of_data = loading.open_split(context.data, name="val", given=Resolved(preprocess)).facts.class_names
     if len(of_data) != len(class_names):
         raise DataError(
             f"{source} tells {len(class_names)} classes apart; the recipe's data has {len(of_data)} "
@@ -354,4 +350,4 @@ def check_data(
             hint="to train a new head on it, set model.pretrained: true in the recipe and run: bmctl train",
         )
     task = recipe.task.model_dump(mode="json") if recipe.task is not None else None
-    return of_data, {"task": task, "data_fingerprint": data_fingerprint(context.data)}
+    return of_data, {"task": task, "data_fingerprint": loading.data_fingerprint(context.data)}

@@ -18,7 +18,7 @@ from bmctl.engine.loading.order import balanced_order
 from bmctl.engine.loading.split import Split, input_columns
 from bmctl.errors import DataError, RecipeError
 from bmctl.inputs import INPUTS, Records, Resolved
-from bmctl.models import InputDefaults, ModelConfig, input_defaults
+from bmctl.models import ModelConfig, published
 from bmctl.recipe.sections import DataConfig, Recipe
 from bmctl.sources import SOURCES, Samples
 from bmctl.tasks import TASKS
@@ -170,7 +170,7 @@ def resolve_input(data: Data, *, model: ModelConfig | None = None, asked: Any = 
     """
     asked = asked or data.section.input
     model = model or data.recipe.model
-    published = (input_defaults(model) if model else InputDefaults()).model_dump()
+    said = published(model).of(asked.kind) if model else {}
     module = INPUTS[asked.kind]
     columns = input_columns(data.samples("train").columns, kind=asked.kind, task=data.recipe.task)
-    return Resolved(*module.resolve(asked, TrainingExamples(data, columns), published=published))
+    return Resolved(*module.resolve(asked, TrainingExamples(data, columns), published=said))
