@@ -62,7 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.batch": set(),
     "engine.effects": set(),
     "engine.parallel": {"recipe", "core"},
-    "engine.loading": {"core", "recipe.sections", "models", "inputs", "sources", "tasks"},
+    "engine.loading": {"core", "recipe.sections", "models", "inputs", "sources", "tasks", "engine.batch"},
     "engine.context": {"recipe", "engine.loading", "engine.parallel", "processes"},
     "engine.modules": {"core"},
     "engine.computing": {"core", "engine.modules", "engine.parallel", "engine.batch", "engine.effects"},

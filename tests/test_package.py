@@ -180,7 +180,7 @@ def test_every_field_comes_back(tmp_path: Path) -> None:
         spec,
         parent="a" * 64,
         original="b" * 64,
-        inputs=(TensorSpec(name="input", shape=(None, 1, 28, 28), dtype="float32", meaning="image"),),
+        inputs=(TensorSpec(name="input", shape=("batch", 1, 28, 28), dtype="float32", meaning="image"),),
         preprocess=Spec(size=(28, 28), channels=1, mean=(0.1 + 0.2,), std=(1 / 3,), crop=0.875),
         class_names=("a", "ü\n"),
         task={"kind": "classify"},

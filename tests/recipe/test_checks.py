@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from bmctl.recipe import load_recipe
@@ -103,3 +105,12 @@ def test_what_is_no_contradiction(text: str) -> None:
 
 def test_the_built_in_recipe_has_none() -> None:
     load_recipe("fashion-mnist")
+
+
+@pytest.mark.parametrize("given", ["", "input: {}", "input: image", "input: {size: 8}", "input: {kind: image}"])
+def test_the_kind_of_an_input_follows_from_the_source(given: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(f"name: r\ndata:\n  source: digits\n  {given}\n")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.data is not None
+    assert recipe.data.input.kind == "image"
+    assert recipe.data.input.size == (8 if "size" in given else None)

@@ -27,7 +27,7 @@ from bmctl.session import Options
 NAMES = tuple(f"kind {number}" for number in range(10))
 RECIPE = {"name": "small", "model": {"name": "bmctl:rescnn"}, **WITH_DATA}
 ABOUT = About(
-    model=ModelSpec(name="bmctl:rescnn", num_classes=10, channels=1, size=(28, 28)),
+    model=image_spec("bmctl:rescnn"),
     preprocess=Spec(size=(28, 28), channels=1, mean=(0.5,), std=(0.5,)),
     class_names=NAMES,
     task={"kind": "classify"},

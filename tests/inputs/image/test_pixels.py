@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from bmctl.inputs.image import Spec, pixels
-from bmctl.models import ModelConfig, input_defaults
+from bmctl.models import ModelConfig, published
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (40, 30, 3), np.uint8)
@@ -65,8 +65,8 @@ def test_the_same_pixels_as_timm(name: str) -> None:
     import timm
     from timm.data import create_transform, resolve_data_config
 
-    known = input_defaults(ModelConfig(name=f"timm:{name}", pretrained=True))
-    to = Spec.model_validate(known.model_dump(exclude={"num_classes", "class_names"}))
+    known = published(ModelConfig(name=f"timm:{name}", pretrained=True)).of("image")
+    to = Spec.model_validate(known)
     image = RNG.integers(0, 256, (300, 400, 3), np.uint8)
     theirs = create_transform(**resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict()))
     np.testing.assert_allclose(pixels.prepare([image], to)[0], theirs(Image.fromarray(image)).numpy(), atol=1e-6)

@@ -28,7 +28,7 @@ from bmctl.tasks import Feed
 if TYPE_CHECKING:
     from torch import nn
 
-    from bmctl.engine.loading.data import Split
+    from bmctl.engine.loading.split import Split
 
 
 @dataclass
