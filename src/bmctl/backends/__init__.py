@@ -17,6 +17,8 @@ class Backend(Protocol):
 
     Config: type[Strict]
     SUFFIX: str
+    DEVICE: str
+    """Where its artifacts compute: ``cpu`` or ``cuda``."""
 
     def unavailable(self, config: Strict) -> str:
         """Why this machine cannot run artifacts of this backend, or the empty string."""

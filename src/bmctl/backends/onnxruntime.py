@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 SUFFIX = ".onnx"
+DEVICE = "cpu"
 
 ERRORS = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile", "RuntimeException")
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 SUFFIX = ".onnx"
+DEVICE = "cpu"
 
 
 class Config(Strict):

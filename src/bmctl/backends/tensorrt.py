@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bmctl.backends.trt_runner import EngineRunner
 
 SUFFIX = ".engine"
+DEVICE = "cuda"
 
 
 class Config(Strict):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Protocol
 
-from bmctl.core.evaluation import Evaluation
+from bmctl.core.evaluation import Evaluation, Metric
 from bmctl.schema import Strict
 from bmctl.tasks import classify
 
@@ -23,6 +23,8 @@ class Task(Protocol):
     """A module of this folder. `kind` in Config names it."""
 
     Config: type[Strict]
+    METRICS: Mapping[str, Metric]
+    """By name, the main one first; see core.evaluation.Counting for what reads an evaluation's counts."""
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor, *, config: Strict) -> torch.Tensor: ...
     def score(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -34,6 +36,8 @@ class Task(Protocol):
     def evaluate(
         self, parts: Mapping[str, Part], batches: Iterable[tuple[np.ndarray, np.ndarray]], *, config: Strict
     ) -> Evaluation: ...
+    def metrics(self, counts: np.ndarray) -> dict[str, float]: ...
+    def means(self, counts: np.ndarray) -> dict[str, np.ndarray]: ...
 
 
 TASKS: Mapping[str, ModuleType] = MappingProxyType({"classify": classify})

@@ -6,11 +6,13 @@ All artifacts that run here are timed in interleaved rounds, so that their ratio
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import median
 
 import numpy as np
 
 from bmctl import store
+from bmctl.backends import BACKENDS
 from bmctl.engine.artifacts.deployed import Deployed, open_runner
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import measure
@@ -19,6 +21,9 @@ from bmctl.engine.evaluation.evaluate import evaluate_artifact
 from bmctl.engine.loading.data import array_batches, open_split
 from bmctl.package import ModelPackage
 from bmctl.report.rows import Measurements, Timing
+
+PEAKS = 3
+"""Times that memory is measured: peaks differ by a tenth, as freed memory is not always given back."""
 
 
 def prove(context: StageContext, *, original: ModelPackage, deployed: Sequence[Deployed]) -> None:
@@ -52,7 +57,8 @@ def _time(context: StageContext, runnable: Sequence[Deployed]) -> None:
             return
         calls = {name: (lambda run=run, feed=feed: run(feed)) for name, (run, feed) in runs.items()}
         latencies = measure.latency(calls, rounds=config.rounds)
-    hashes = {str(one.path.relative_to(context.run / "deploy")): one.hash for one in runnable}
+    timed = {str(one.path.relative_to(context.run / "deploy")): one for one in runnable}
+    peaks = {name: _peak_memory(one, runs[name][1]) for name, one in timed.items()}
     found = Measurements(
         batch_size=config.batch_size,
         machine=measure.machine(),
@@ -63,12 +69,28 @@ def _time(context: StageContext, runnable: Sequence[Deployed]) -> None:
                 p99_ms=latency.p99_ms,
                 samples_ms=tuple(latency.samples_ms),
                 throughput=measure.throughput(latency, batch_size=config.batch_size),
-                artifact=hashes[name],
+                artifact=timed[name].hash,
+                peak_memory_bytes=peaks[name],
             )
             for name, latency in latencies.items()
         },
     )
     store.write_atomic(context.run / "measurements.json", found.model_dump_json(indent=1).encode())
+
+
+def _peak_memory(one: Deployed, feed: Mapping[str, np.ndarray]) -> int | None:
+    """What opening an artifact and one batch take of the process; None for engines on a GPU, whose memory that is not.
+
+    A call alone says nothing: from the second on it takes from what a runtime keeps. Its libraries are loaded by now.
+    """
+    if BACKENDS[one.manifest.backend].DEVICE != "cpu":
+        return None
+
+    def once() -> None:
+        with open_runner(one) as runner:
+            runner.run(feed)
+
+    return round(median(measure.peak_memory_bytes(once) for _ in range(PEAKS))) or None
 
 
 def _batch(context: StageContext, one: Deployed, *, size: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bmctl.core.evaluation import main_metric
 from bmctl.engine import randomness
 from bmctl.engine.checkpoints import checkpoint
 from bmctl.engine.checkpoints.checkpoint import Checkpoint
@@ -122,7 +123,13 @@ def prepare(training: Training, found: Checkpoint | None, undo: ExitStack) -> Se
         forward = compiled(shared.forward, example=example, precision=precision, note=training.notes.append)
     randomness.seed_all(training.seed, stage=training.stage, rank=group.rank)
     log = FitLog(
-        context, training.stage, training.task.METRIC, batch_size, steps_per_epoch, num_steps, fit.eval_every_steps
+        context,
+        training.stage,
+        main_metric(training.task),
+        batch_size,
+        steps_per_epoch,
+        num_steps,
+        fit.eval_every_steps,
     )
     return Setting(
         context=context,

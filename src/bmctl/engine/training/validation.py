@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 
-from bmctl.core.evaluation import Evaluation
+from bmctl.core.evaluation import Evaluation, main_metric
 from bmctl.engine.loading.data import array_batches
 from bmctl.engine.parallel import Vote, gather
 from bmctl.engine.training.position import Position, Setting, diverged, kept_weights
@@ -37,7 +37,8 @@ def validate(setting: Setting, position: Position) -> None:
     evaluation = evaluate(setting, step=position.step)
     value = evaluation.value
     least = setting.fit.early_stop.min_delta if setting.fit.early_stop is not None else 0.0
-    better_by = math.inf if position.best_value is None else value - position.best_value
+    best = position.best_value
+    better_by = math.inf if best is None else main_metric(setting.task).gain(value, over=best)
     position.waited = 0 if better_by > least else position.waited + 1
     if better_by > 0:
         position.best_value, position.best_step, position.best_evaluation = value, position.step, evaluation
@@ -47,7 +48,7 @@ def validate(setting: Setting, position: Position) -> None:
         loss=float(np.mean([mean["loss"] for mean in means])),
         metric=float(np.mean([mean["score"] for mean in means])),
         val_metric=value,
-        val_loss=evaluation.extra.get("loss"),
+        val_loss=evaluation.values.get("loss"),
         is_best=better_by > 0,
     )
     position.validated_step = position.step
