@@ -6,10 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from bmctl.schema import Count, Many, Positive, Ratio, StepConfig, Strict
-
-NotNegative = Annotated[float, Field(ge=0)]
-
+from bmctl.schema import Count, Many, NotNegative, Positive, Ratio, StepConfig, Strict
 
 # -- optimizers: torch's own --------------------------------------------------------------------------
 
@@ -151,7 +148,11 @@ class Ema(Strict):
 
 
 class EarlyStop(Strict):
-    """Stop once `patience` evaluations in a row were not better than the best by more than `min_delta`."""
+    """Stop once `patience` evaluations in a row were not better than the best by more than `min_delta`.
+
+    Attributes:
+        min_delta: In the unit of the task's main metric, whichever way is better: 0.01 of an accuracy is a point.
+    """
 
     patience: Count = 5
     min_delta: NotNegative = 0.0

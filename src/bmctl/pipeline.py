@@ -19,6 +19,7 @@ from bmctl.report import gates
 from bmctl.report.rows import ORIGINAL
 from bmctl.schema import resolve_env
 from bmctl.session import Options, Session, Target, clear, find_target, import_target, opened, stage
+from bmctl.tasks import TASKS
 
 STAGES = ("train", "compress", "export", "infer")
 SHOWN = 12
@@ -291,7 +292,9 @@ def _finish(session: Session) -> int:
     """Write the report, show it, and let the gates speak once there is something to judge."""
     found = reports.collect(session.run)
     if found.artifacts:
-        found = reports.with_gates(found, gates.check(session.recipe.gates, found))
+        recipe = session.recipe
+        metrics = TASKS[recipe.task.kind].METRICS if recipe.task is not None else {}
+        found = reports.with_gates(found, gates.check(recipe.gates, found, metrics=metrics))
     store.write_atomic(session.run / "report.json", reports.to_json(found).encode() + b"\n")
     store.write_atomic(session.run / "report.md", reports.to_markdown(found).encode())
     if session.options.as_json:

@@ -39,7 +39,7 @@ def test_parts_of_a_batch_add_up_to_it(tmp_path: Path, parts: int) -> None:
     whole = trained(tmp_path, "train.max_steps=10", "train.optimizer=sgd")
     cut = trained(tmp_path, "train.max_steps=10", "train.optimizer=sgd", f"train.accumulate={parts}", name="cut")
     assert 0 < far(weights_of(whole), weights_of(cut)) < 1e-6
-    assert whole.val.extra["loss"] == pytest.approx(cut.val.extra["loss"], rel=1e-5)
+    assert whole.val.values["loss"] == pytest.approx(cut.val.values["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("parts", [1, 4])

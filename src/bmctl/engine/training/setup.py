@@ -11,6 +11,7 @@ from itertools import islice
 import torch
 from torch import nn
 
+from bmctl.core.evaluation import main_metric
 from bmctl.engine import effects
 from bmctl.engine.batch import Batch, channels_last, chunks, free_sizes, num_rows, rows
 from bmctl.engine.checkpoints import checkpoint
@@ -86,7 +87,7 @@ def set_up(training: Training, found: Checkpoint | None, undo: ExitStack) -> Non
     training.log = FitLog(
         context,
         training.stage,
-        training.task.METRIC,
+        main_metric(training.task),
         training.batch_size,
         training.steps_per_epoch,
         training.num_steps,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from bmctl.backends.eager import open_module
-from bmctl.core.evaluation import Evaluation
+from bmctl.core.evaluation import Evaluation, main_metric
 from bmctl.core.runner import Bounds, Runner
 from bmctl.engine.batch import moved
 from bmctl.engine.loading.arrays import array_batches
@@ -43,7 +43,8 @@ def validate(training: Training, position: Position) -> None:
     evaluation = evaluate(training, step=position.step)
     value = evaluation.value
     least = training.fit.early_stop.min_delta if training.fit.early_stop is not None else 0.0
-    better_by = math.inf if position.best_value is None else value - position.best_value
+    best = position.best_value
+    better_by = math.inf if best is None else main_metric(training.task).gain(value, over=best)
     position.waited = 0 if better_by > least else position.waited + 1
     if better_by > 0:
         position.best_value, position.best_step, position.best_evaluation = value, position.step, evaluation
@@ -53,7 +54,7 @@ def validate(training: Training, position: Position) -> None:
         loss=float(np.mean([mean["loss"] for mean in means])),
         metric=float(np.mean([mean["score"] for mean in means])),
         val_metric=value,
-        val_loss=evaluation.extra.get("loss"),
+        val_loss=evaluation.values.get("loss"),
         is_best=better_by > 0,
     )
     position.validated_step = position.step
