@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol, TypeAlia
 from pydantic import Field
 
 from bmctl.core.columns import Column
-from bmctl.inputs import image
+from bmctl.inputs import image, text
 from bmctl.schema import Emit, Strict, TensorSpec
 
 if TYPE_CHECKING:
@@ -95,6 +95,10 @@ class Input(Protocol):
         """What the model takes, in order."""
         ...
 
+    def told(self, spec: Strict) -> dict[str, Any]:
+        """What a model has to know of its input beyond `specs`, such as how many token ids there are."""
+        ...
+
     def prepare(self, samples: Any, *, given: Resolved, folder: Path | None) -> Any:
         """The samples, or the same ones with columns that cost less to encode: once, before there are loader processes.
 
@@ -157,7 +161,7 @@ class Input(Protocol):
         ...
 
 
-INPUTS: Mapping[str, ModuleType] = MappingProxyType({"image": image})
+INPUTS: Mapping[str, ModuleType] = MappingProxyType({"image": image, "text": text})
 
 # The table is the single source of what a recipe and a manifest may name; type checkers cannot read a table.
 if TYPE_CHECKING:
