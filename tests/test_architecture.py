@@ -13,7 +13,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "bmctl"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-PLUGINS = {"models", "sources", "tasks", "methods", "backends"}
+PLUGINS = {"models", "inputs", "sources", "tasks", "methods", "backends"}
 # Room -> the rooms it may import from, anywhere in the file. errors, schema and the version are free to all.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -33,14 +33,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe.shape": {"recipe.yamlio", "recipe.sections"},
     "recipe.diagnosis": {"recipe.yamlio", "recipe.shape", "models"},
     "recipe.draft": {"recipe.yamlio", "recipe.shape", "recipe.diagnosis"},
-    "recipe.checks": {"recipe.yamlio", "recipe.sections", "recipe.diagnosis", "methods", "backends"},
+    "recipe.checks": {"recipe.yamlio", "recipe.sections", "recipe.diagnosis", "methods", "backends", "inputs"},
     "recipe.plan": {"recipe.sections", "methods"},
     "recipe.yamlio": set(),
     "disk": set(),
     "store": {"disk"},
     "rundir": {"store", "disk", "recipe", "package"},
     "weights": {"store"},
-    "package": {"store", "weights", "methods", "models", "tasks"},
+    "package": {"store", "weights", "methods", "models", "tasks", "inputs"},
     "job": {"store"},
     "verdict": {"job"},
     "launch": {"recipe", "store", "disk", "job", "processes", "engine"},
@@ -51,6 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # -- what plug-ins and the engine both stand on --
     "core": {"store"},
     "models": {"core"},
+    "inputs": {"core"},
     "sources": {"core"},
     "tasks": {"core"},
     "methods": {"core"},
@@ -60,36 +61,36 @@ MAY_IMPORT: dict[str, set[str]] = {
     # -- the engine, from the ground up --
     "engine.randomness": set(),
     "engine.parallel": {"recipe", "core"},
-    "engine.context": {"recipe", "engine.parallel", "processes"},
+    "engine.loading": {"core", "recipe.sections", "models", "inputs", "sources", "tasks"},
+    "engine.context": {"recipe", "engine.loading", "engine.parallel", "processes"},
     "engine.modules": {"core"},
     "engine.computing": {"core", "engine.modules", "engine.parallel", "engine.randomness"},
-    "engine.loading": {"core", "recipe.sections", "models", "sources"},
-    "engine.checkpoints": {"recipe", "package", "store", "disk", "models", "methods", "engine.parallel"},
-    "engine.artifacts": {"core", "recipe", "store", "backends"},
+    "engine.checkpoints": {"recipe", "package", "store", "disk", "models", "methods", "inputs", "engine.parallel"},
+    "engine.artifacts": {"core", "recipe", "store", "backends", "inputs"},
     "engine.sharding": {
-        "core", "recipe", "models",
+        "core", "recipe", "models", "inputs",
         "engine.modules", "engine.computing", "engine.loading", "engine.parallel",
     },
     "engine.evaluation": {
-        "core", "recipe", "package", "store", "tasks", "backends", "processes",
+        "core", "recipe", "package", "store", "tasks", "backends", "inputs", "processes",
         "engine.modules", "engine.loading", "engine.artifacts", "engine.context",
     },
     "engine.training": {
-        "core", "recipe", "package", "disk", "models", "tasks", "processes",
+        "core", "recipe", "package", "disk", "models", "inputs", "tasks", "processes",
         "engine.modules", "engine.computing", "engine.loading", "engine.checkpoints", "engine.sharding",
         "engine.evaluation", "engine.context", "engine.parallel", "engine.randomness",
     },
     "engine.compression": {
-        "core", "recipe", "package", "weights", "store", "methods", "tasks", "processes",
+        "core", "recipe", "package", "weights", "store", "methods", "inputs", "tasks", "processes",
         "engine.modules", "engine.loading", "engine.checkpoints", "engine.artifacts", "engine.evaluation",
         "engine.training", "engine.context", "engine.parallel",
     },
     "engine.intake": {
-        "core", "recipe", "package", "weights", "store", "disk", "models", "tasks", "backends",
+        "core", "recipe", "package", "weights", "store", "disk", "models", "inputs", "tasks", "backends",
         "engine.loading", "engine.checkpoints", "engine.artifacts", "engine.evaluation", "engine.context",
     },
     "engine.deployment": {
-        "core", "recipe", "package", "store", "report.rows", "backends", "processes",
+        "core", "recipe", "package", "store", "report.rows", "backends", "inputs", "processes",
         "engine.loading", "engine.artifacts", "engine.evaluation", "engine.context",
     },
     "engine.worker": {
@@ -97,13 +98,17 @@ MAY_IMPORT: dict[str, set[str]] = {
         "engine.context", "engine.parallel", "engine.training",
     },
 }  # fmt: skip
-INNER = {"models.networks", "methods.channels"}
+INNER = {
+    "models.networks", "methods.channels",
+    "inputs.image.augment", "inputs.image.defaults", "inputs.image.device", "inputs.image.files", "inputs.image.pixels",
+    "inputs.text.files", "inputs.text.tokens",
+}  # fmt: skip
 """Files of plug-ins with torch on top: their faces import them inside functions."""
 FREE = {"errors", "schema", "fit", ""}
 # What the parent process must not load before a command has been parsed and its work is known.
 HEAVY = {
     "torch", "torchvision", "timm", "transformers", "numpy", "PIL", "onnx", "onnxruntime", "onnxscript", "openvino",
-    "nncf", "safetensors", "tensorrt", "tensorrt_rtx", "torch_pruning", "sklearn", "tensorboard",
+    "nncf", "safetensors", "tokenizers", "tensorrt", "tensorrt_rtx", "torch_pruning", "sklearn", "tensorboard",
 }  # fmt: skip
 
 

@@ -21,10 +21,11 @@ from torch import nn
 
 from bmctl import __version__, models, package, store, weights
 from bmctl.errors import BmctlError, DivergedError, PackageError, ResourceError, UnsupportedError
+from bmctl.inputs.image import Spec
 from bmctl.methods import MethodContext, magnitude, structured, svd
 from bmctl.models import ModelSpec
 from bmctl.package import Manifest, ModelPackage, Structure
-from bmctl.schema import Preprocess, TensorSpec
+from bmctl.schema import TensorSpec
 
 RECIPE = "name: test\n"
 SPECS = {
@@ -180,7 +181,7 @@ def test_every_field_comes_back(tmp_path: Path) -> None:
         parent="a" * 64,
         original="b" * 64,
         inputs=(TensorSpec(name="input", shape=("batch", 1, 28, 28), dtype="float32", meaning="image"),),
-        preprocess=Preprocess(size=(28, 28), channels=1, mean=(0.1 + 0.2,), std=(1 / 3,), crop=0.875),
+        preprocess=Spec(size=(28, 28), channels=1, mean=(0.1 + 0.2,), std=(1 / 3,), crop=0.875),
         class_names=("a", "ü\n"),
         task={"kind": "classify"},
         metrics={"val": {"value": 0.1 + 0.2, "low": 1e-300}},

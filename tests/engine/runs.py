@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 from tests.specs import image_spec
 
 from bmctl.engine.context import StageContext
-from bmctl.engine.loading.data import open_split
-from bmctl.engine.loading.preprocess import resolve_preprocess
+from bmctl.engine.loading.data import open_split, resolve_input
 from bmctl.engine.parallel import Group
 from bmctl.engine.training import train
 from bmctl.models import build
@@ -97,13 +96,13 @@ def make_model(recipe: Recipe) -> torch.nn.Module:
 def fit(context: StageContext, model: torch.nn.Module, **given: Any) -> train.FitResult:
     recipe = context.recipe
     assert recipe.task is not None
-    preprocess = resolve_preprocess(recipe)
+    given_input = resolve_input(context.data)
     return train.fit(
         model,
         **{
             "fit": recipe.train,
-            "train": open_split(recipe, name="train", preprocess=preprocess, augment=True),
-            "val": open_split(recipe, name="val", preprocess=preprocess),
+            "train": open_split(context.data, name="train", given=given_input, augment=True),
+            "val": open_split(context.data, name="val", given=given_input),
             "task": TASKS[recipe.task.kind],
             "task_config": recipe.task,
             "context": context,

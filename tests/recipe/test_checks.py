@@ -66,12 +66,12 @@ def found(text: str) -> list[str]:
         ("name: r\ncompress: [{method: ptq}]", "compress.0", "needs a `data` section to calibrate"),
         ("name: r\ncompress: [{method: svd, recover: {}}]", "compress.0.recover", "needs a `data` section"),
         (
-            FULL.replace("digits}", "digits}, preprocess: {mean: [0.5], std: [1, 1]}"),
-            "data.preprocess.std",
+            FULL.replace("digits}", "digits}, input: {mean: [0.5], std: [1, 1]}"),
+            "data.input.std",
             "mean has 1",
         ),
-        (FULL.replace("digits}", "digits}, preprocess: {mean: [1], channels: 3}"), "data.preprocess.mean", "3 channel"),
-        (FULL.replace("digits}", "digits}, preprocess: {size: [8]}"), "data.preprocess.size", "got 1 numbers"),
+        (FULL.replace("digits}", "digits}, input: {mean: [1], channels: 3}"), "data.input.mean", "3 channel"),
+        (FULL.replace("digits}", "digits}, input: {size: [8]}"), "data.input.size", "got 1 numbers"),
         (FULL + "infer: {data: x, backend: onnxrutime}", "infer.backend", "must be one of auto"),
     ],
 )

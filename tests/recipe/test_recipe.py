@@ -295,7 +295,7 @@ def test_variables_that_are_not_set(write: Write, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    "overrides", [[], ["train=", "compress=[]"], ["seed=7", "data.preprocess={size: [8, 9], mean: [.5], std: [1]}"]]
+    "overrides", [[], ["train=", "compress=[]"], ["seed=7", "data.input={size: [8, 9], mean: [.5], std: [1]}"]]
 )
 def test_saved_recipe_loads_as_an_equal_one(write: Write, overrides: list[str]) -> None:
     recipe = load_recipe(write(), overrides=overrides)

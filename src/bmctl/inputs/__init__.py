@@ -176,3 +176,9 @@ def specs(given: Resolved) -> tuple[TensorSpec, ...]:
     """What the model takes, in order."""
     found: tuple[TensorSpec, ...] = INPUTS[given.spec.kind].specs(given.spec)
     return found
+
+
+def told(given: Resolved) -> dict[str, Any]:
+    """What a model has to know of its input beyond `specs`."""
+    found: dict[str, Any] = INPUTS[given.spec.kind].told(given.spec)
+    return found

@@ -133,7 +133,7 @@ def _samples(config: Config, context: MethodContext, *, shape: tuple[int | str, 
         if not np.isfinite(batch).all():
             raise DataError(
                 f"calibration samples {len(found)} to {len(found) + len(batch) - 1} hold nan or inf",
-                hint="look at the data and at data.preprocess.std",
+                hint="look at the data and at data.input.std",
             )
         found += [np.ascontiguousarray(sample[None], dtype=np.float32) for sample in batch]
         if len(found) >= wanted:

@@ -1,4 +1,4 @@
-"""Image classification: one label per image; cross-entropy, accuracy, and macro F1 beside it."""
+"""Classification: one label per sample, be it an image or a text; cross-entropy, accuracy, and macro F1 beside it."""
 
 from __future__ import annotations
 
@@ -55,6 +55,11 @@ def facts(columns: Mapping[str, Column], config: Config) -> Facts:
             hint="take a source with labels, or another task",
         )
     return Facts(class_names=column.names)
+
+
+def told(facts: Facts) -> dict[str, int]:
+    """What the model has to know: ``num_classes``."""
+    return {"num_classes": len(facts.class_names)}
 
 
 def balance(config: Config) -> str | None:

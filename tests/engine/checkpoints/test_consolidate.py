@@ -20,16 +20,16 @@ from bmctl.engine.checkpoints.saver import Saver
 from bmctl.engine.intake.importing import import_stage
 from bmctl.engine.parallel import Group
 from bmctl.errors import PackageError, UsageError
+from bmctl.inputs.image import Spec
 from bmctl.methods import METHODS, MethodContext
 from bmctl.recipe import Recipe, recipe_yaml
-from bmctl.schema import Preprocess
 from bmctl.session import Options
 
 NAMES = tuple(f"kind {number}" for number in range(10))
 RECIPE = {"name": "small", "model": {"name": "bmctl:rescnn"}, **WITH_DATA}
 ABOUT = About(
     model=image_spec("bmctl:rescnn"),
-    preprocess=Preprocess(size=(28, 28), channels=1, mean=(0.5,), std=(0.5,)),
+    preprocess=Spec(size=(28, 28), channels=1, mean=(0.5,), std=(0.5,)),
     class_names=NAMES,
     task={"kind": "classify"},
     data_fingerprint="d",

@@ -36,12 +36,13 @@ from bmctl.errors import (
     UnsupportedError,
     UsageError,
 )
+from bmctl.inputs.image import Spec
 from bmctl.methods import ptq
 from bmctl.models import build
 from bmctl.package import Manifest, ModelPackage, load_model, save_package
 from bmctl.processes.signals import Stop
 from bmctl.recipe import Recipe, recipe_yaml
-from bmctl.schema import Preprocess, TensorSpec
+from bmctl.schema import TensorSpec
 
 Events = list[Mapping[str, object]]
 ORT, OV, RTX = onnxruntime.Config(), openvino.Config(), tensorrt_rtx.Config(capabilities=("sm89",))
@@ -72,7 +73,7 @@ def save_module(run: Path) -> ModelPackage:
         model=spec,
         inputs=(TensorSpec(name="image", shape=(None, 1, 28, 28), dtype="float32", meaning="normalised image"),),
         outputs=(TensorSpec(name="logits", shape=(None, 10), dtype="float32"),),
-        preprocess=Preprocess(size=(28, 28), channels=1, mean=(0.286,), std=(0.353,)),
+        preprocess=Spec(size=(28, 28), channels=1, mean=(0.286,), std=(0.353,)),
         class_names=tuple("abcdefghij"),
         task={"kind": "classify"},
     )

@@ -24,12 +24,13 @@ from tests.specs import image_spec
 from torch import nn
 
 from bmctl import models, package
-from bmctl.core import images
+from bmctl.core.images import decode
 from bmctl.engine.context import StageContext
 from bmctl.engine.intake import statedict
 from bmctl.engine.intake.importing import import_stage
 from bmctl.engine.parallel import Group
 from bmctl.errors import BmctlError, DataError, PackageError, RecipeError, ResourceError, UnsupportedError, UsageError
+from bmctl.inputs.image.pixels import prepare
 from bmctl.processes.signals import Stop
 from bmctl.recipe import Recipe
 
@@ -98,9 +99,9 @@ def test_real_weights_by_position(shared_data: Path, make_context: Callable[...,
     model = package.load_model(package.open_package(found.path))
     animals = shared_data / "vision" / "tuxpaint160" / "animals"
     photos = {"pink_flamingo": "flamingo", "peacock": "peacock", "hen": "hen", "rooster": "cock"}
-    pixels = [images.decode(animals / f"animals_birds_{name}.jpg") for name in photos]
+    pixels = [decode(animals / f"animals_birds_{name}.jpg") for name in photos]
     with torch.inference_mode():
-        logits = model(torch.from_numpy(images.prepare(pixels, manifest.preprocess)))
+        logits = model(torch.from_numpy(prepare(pixels, manifest.preprocess)))
     assert torch.isfinite(logits).all()
     assert [manifest.class_names[int(k)].split(",")[0] for k in logits.argmax(1)] == list(photos.values())
 
@@ -444,7 +445,7 @@ def test_an_onnx_file_at_another_size_than_the_recipe(
     manifest = import_stage(make_context("a", **WITH_DATA), str(tmp_path / "m.onnx")).manifest
     assert manifest.preprocess is not None
     assert tuple(manifest.preprocess.size) == (32, 32)
-    data = {**DATA, "preprocess": {"size": 28}}
+    data = {**DATA, "input": {"size": 28}}
     with pytest.raises(DataError, match=r"takes \[C, H, W\] = \[1, 32, 32\]; .* makes \[1, 28, 28\]"):
         import_stage(make_context("b", **{**WITH_DATA, "data": data}), str(tmp_path / "m.onnx"))
 

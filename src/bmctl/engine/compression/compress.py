@@ -65,10 +65,10 @@ def step_key(context: StageContext, step: Any, *, parent: ModelPackage) -> str:
         "parent": parent.hash,
         "step": step.model_dump(mode="json"),
         "seed": recipe.seed,
-        "data": data_fingerprint(recipe) if recipe.data is not None else None,
+        "data": data_fingerprint(context.data) if recipe.data is not None else None,
         "calib": recipe.data.calib.model_dump(mode="json") if recipe.data is not None else None,
         "task": recipe.task.model_dump(mode="json") if recipe.task is not None else None,
-        "augment": recipe.data.augment.model_dump(mode="json") if recipe.data is not None else None,
+        "input": recipe.data.input.model_dump(mode="json") if recipe.data is not None else None,
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 

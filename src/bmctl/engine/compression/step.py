@@ -18,12 +18,13 @@ from bmctl.engine.artifacts.graph import export_onnx
 from bmctl.engine.checkpoints.consolidate import About
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import appraise, measure
-from bmctl.engine.loading.data import array_batches, data_fingerprint, open_split
+from bmctl.engine.loading.arrays import array_batches
+from bmctl.engine.loading.data import data_fingerprint, open_split
 from bmctl.engine.parallel import settle
 from bmctl.engine.training import train
 from bmctl.errors import BmctlError, PackageError, RecipeError
 from bmctl.fit import ModuleStepConfig
-from bmctl.inputs import InputSpec
+from bmctl.inputs import InputSpec, Resolved
 from bmctl.methods import METHODS, Meta, MethodContext
 from bmctl.package import Manifest, ModelPackage, Structure, derive, load_model, open_package, save_package
 from bmctl.recipe import recipe_yaml
@@ -113,12 +114,13 @@ def _recover(work: Work, step: ModuleStepConfig, model: nn.Module, meta: Meta) -
     recipe = context.recipe
     assert recover is not None and manifest.preprocess is not None and recipe.task is not None
     right_after = appraise.score_module(context, model, preprocess=manifest.preprocess) if context.group.leads else None
+    given = Resolved(manifest.preprocess)
     teacher = load_model(work.original).requires_grad_(False) if recover.teacher == "original" else None
     result = train.fit(
         model,
         fit=recover.fit,
-        train=open_split(recipe, name="train", preprocess=manifest.preprocess, augment=True),
-        val=open_split(recipe, name="val", preprocess=manifest.preprocess),
+        train=open_split(context.data, name="train", given=given, augment=True),
+        val=open_split(context.data, name="val", given=given),
         task=TASKS[recipe.task.kind],
         task_config=recipe.task,
         context=context,
@@ -151,7 +153,7 @@ def _about(work: Work, meta: Meta) -> dict[str, Any]:
         preprocess=manifest.preprocess,
         class_names=manifest.class_names,
         task=recipe.task.model_dump(mode="json"),
-        data_fingerprint=data_fingerprint(recipe),
+        data_fingerprint=data_fingerprint(work.context.data),
         history=(*manifest.history, Structure(step=work.step.model_dump(mode="json"), meta=meta)),
         recipe=recipe.model_dump(mode="json"),
     )
@@ -245,18 +247,18 @@ def _method_context(work: Work) -> MethodContext:
         shape = [dim if isinstance(dim, int) else 1 for dim in manifest.inputs[0].shape[1:]]
         noise = torch.from_numpy(np.random.default_rng(0).standard_normal((2, *shape), dtype=np.float32))
         return MethodContext(example=noise, calibration=lambda: iter(()), calibration_record={})
-    split = open_split(recipe, name="calib", preprocess=preprocess)
-    example = torch.from_numpy(next(iter(array_batches(split, batch_size=2)))[0])
+    split = open_split(work.context.data, name="calib", given=Resolved(preprocess))
+    example = torch.from_numpy(next(iter(array_batches(split, batch_size=2)))["input"])
 
     def calibration() -> Iterator[np.ndarray]:
-        for x, _ in array_batches(split, batch_size=CALIBRATION_BATCH):
-            yield x
+        for batch in array_batches(split, batch_size=CALIBRATION_BATCH):
+            yield batch["input"]
 
     record = {
         "source": recipe.data.model_dump(mode="json", include={"source"})["source"],
         "split": recipe.data.calib.split,
         "num_samples": len(split),
-        "fingerprint": data_fingerprint(recipe),
+        "fingerprint": data_fingerprint(work.context.data),
     }
     return MethodContext(example=example, calibration=calibration, calibration_record=record)
 

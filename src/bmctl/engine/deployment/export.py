@@ -26,8 +26,10 @@ from bmctl.engine.artifacts.reference import open_reference
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import measure
 from bmctl.engine.evaluation.evaluate import eager_part, runner_part
-from bmctl.engine.loading.data import array_batches, open_split
+from bmctl.engine.loading.arrays import array_batches
+from bmctl.engine.loading.data import open_split
 from bmctl.errors import GateError, ResourceError, UnsupportedError, UsageError
+from bmctl.inputs import Resolved
 from bmctl.package import ModelPackage, load_model
 from bmctl.processes.signals import interrupted
 from bmctl.schema import Signature, TensorSpec
@@ -162,8 +164,8 @@ def _samples(context: StageContext, package: ModelPackage, inputs: Sequence[Tens
     """float32 [NUM_COMPARED, ...]: the first validation samples, over again where there are fewer."""
     preprocess = package.manifest.preprocess
     if context.recipe.data is not None and preprocess is not None:
-        split = open_split(context.recipe, name="val", preprocess=preprocess)
-        x, _ = next(iter(array_batches(split, batch_size=NUM_COMPARED)))
+        split = open_split(context.data, name="val", given=Resolved(preprocess))
+        x = next(iter(array_batches(split, batch_size=NUM_COMPARED)))["input"]
         return np.resize(x, (NUM_COMPARED, *x.shape[1:]))
     if len(inputs) != 1:
         raise UnsupportedError(f"{package.path} has {len(inputs)} inputs; parity is checked on graphs with one")

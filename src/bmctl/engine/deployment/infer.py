@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from bmctl.core.requests import OnBad, Requests
 from bmctl.core.runner import Batched, batch_axes
 from bmctl.engine.deployment.choose import Chosen, choose_runner, open_source
-from bmctl.engine.deployment.requests import OnBad, Requests, open_requests
+from bmctl.engine.deployment.requests import open_requests
 from bmctl.errors import DivergedError, PackageError, UnsupportedError
+from bmctl.inputs import Resolved
 from bmctl.schema import Emit
 
 __all__ = ["COLUMNS", "Prediction", "choose_runner", "predict", "to_csv", "to_jsonl"]
@@ -85,7 +87,7 @@ def predict(
         requests = open_requests(
             inputs,
             inputs=chosen.runner.signature.inputs,
-            preprocess=chosen.preprocess,
+            given=Resolved(chosen.preprocess) if chosen.preprocess is not None else None,
             batch_size=min(batch_size, high or batch_size),
             on_bad=on_bad,
             emit=emit,
@@ -130,7 +132,7 @@ def _stream(chosen: Chosen, requests: Requests, *, top: int, emit: Emit) -> Iter
     batched = Batched(chosen.runner)
     with chosen.runner:
         for batch in requests.batches:
-            logits = batched.run(batch.feed)[chosen.runner.signature.outputs[0].name]
+            logits = batched.run(batch.fields)[chosen.runner.signature.outputs[0].name]
             yield from _read(logits, names=batch.names, class_names=chosen.class_names, top=top)
             done += len(batch.names)
             now = time.monotonic()

@@ -16,7 +16,9 @@ from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import measure
 from bmctl.engine.evaluation.appraise import has_metric
 from bmctl.engine.evaluation.evaluate import evaluate_artifact
-from bmctl.engine.loading.data import array_batches, open_split
+from bmctl.engine.loading.arrays import array_batches
+from bmctl.engine.loading.data import open_split
+from bmctl.inputs import Resolved
 from bmctl.package import ModelPackage
 from bmctl.report.rows import Measurements, Timing
 
@@ -75,7 +77,8 @@ def _batch(context: StageContext, one: Deployed, *, size: int) -> np.ndarray:
     """float32 [size, ...]: real validation samples where there are any, else noise of the graph's shape."""
     spec, preprocess = one.manifest.inputs[0], one.manifest.preprocess
     if context.recipe.data is not None and preprocess is not None:
-        x, _ = next(iter(array_batches(open_split(context.recipe, name="val", preprocess=preprocess), batch_size=size)))
+        split = open_split(context.data, name="val", given=Resolved(preprocess))
+        x = next(iter(array_batches(split, batch_size=size)))["input"]
         return np.resize(x, (size, *x.shape[1:]))
     shape = [size, *(dim if isinstance(dim, int) else 1 for dim in spec.shape[1:])]
     return np.random.default_rng(0).standard_normal(shape).astype(spec.dtype)

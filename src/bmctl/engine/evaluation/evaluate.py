@@ -21,9 +21,11 @@ from bmctl.core.runner import Batched, Runner
 from bmctl.engine.artifacts.deployed import open_deployed, open_runner
 from bmctl.engine.artifacts.reference import open_graph
 from bmctl.engine.context import StageContext
-from bmctl.engine.loading.data import Split, array_batches, open_split
+from bmctl.engine.loading.arrays import array_batches
+from bmctl.engine.loading.data import Data, open_split
+from bmctl.engine.loading.split import Split
 from bmctl.errors import DivergedError, GateError, UsageError
-from bmctl.inputs import InputSpec
+from bmctl.inputs import InputSpec, Resolved
 from bmctl.package import find_package, load_model
 from bmctl.processes.signals import interrupted
 from bmctl.recipe import Recipe
@@ -85,7 +87,7 @@ def evaluate_part(
     """
     recipe = source if isinstance(source, Recipe) else source.recipe
     context = None if isinstance(source, Recipe) else source
-    samples = _open(recipe, split, preprocess)
+    samples = _open(source, split, preprocess)
     key = None
     if context is not None and artifact is not None:
         key = _key(recipe, samples, artifact, backend, split)
@@ -142,14 +144,14 @@ def find_evaluation(
     context: StageContext, *, artifact: str, backend: str, split: str, preprocess: InputSpec
 ) -> Evaluation | None:
     """What RUN/evaluations already knows about an artifact, so that it need not even be opened; None where nothing."""
-    return _find(context, _key(context.recipe, _open(context.recipe, split, preprocess), artifact, backend, split))
+    return _find(context, _key(context.recipe, _open(context, split, preprocess), artifact, backend, split))
 
 
 def keep_evaluation(
     context: StageContext, evaluation: Evaluation, *, artifact: str, backend: str, split: str, preprocess: InputSpec
 ) -> Path:
     """Write an evaluation into RUN/evaluations, such as one that was made before its package had a hash."""
-    key = _key(context.recipe, _open(context.recipe, split, preprocess), artifact, backend, split)
+    key = _key(context.recipe, _open(context, split, preprocess), artifact, backend, split)
     return _keep(context, evaluation, key)
 
 
@@ -176,13 +178,15 @@ def _keep(context: StageContext, evaluation: Evaluation, key: scores.Key) -> Pat
     return path
 
 
-def _open(recipe: Recipe, split: str, preprocess: InputSpec) -> Split:
+def _open(source: StageContext | Recipe, split: str, preprocess: InputSpec) -> Split:
+    data = Data(source) if isinstance(source, Recipe) else source.data
+    recipe = data.recipe
     if recipe.task is None or recipe.data is None:
         raise UsageError(
             f"there is nothing to evaluate on: recipe {recipe.name!r} has no {'task' if recipe.data else 'data'}",
             hint="give a recipe with both: --recipe RECIPE",
         )
-    return open_split(recipe, name=split, preprocess=preprocess)
+    return open_split(data, name=split, given=Resolved(preprocess))
 
 
 def _key(recipe: Recipe, samples: Split, artifact: str, backend: str, split: str) -> scores.Key:
@@ -195,7 +199,7 @@ def _key(recipe: Recipe, samples: Split, artifact: str, backend: str, split: str
         split=split,
         limit=getattr(recipe.data, split).limit,
         task=recipe.task.model_dump(mode="json"),
-        preprocess=samples.preprocess.model_dump(mode="json"),
+        preprocess=samples.given.spec.model_dump(mode="json"),
     )
 
 
@@ -221,11 +225,11 @@ def _batches(
     samples: Split, *, batch_size: int, split: str, context: StageContext | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     done = 0
-    for x, y in array_batches(samples, batch_size=batch_size):
+    for batch in array_batches(samples, batch_size=batch_size):
         if context is not None and context.stop.requested is not None:
             raise interrupted(context.stop.requested, "stopped during evaluation; run the same command again")
-        yield x, y
-        done += len(y)
+        yield batch["input"], batch["label"]
+        done += len(batch["label"])
         if context is not None:
             text = f"evaluating on {split}"
             context.emit({"event": "progress", "text": text, "done": done, "total": len(samples)})

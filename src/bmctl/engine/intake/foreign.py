@@ -78,7 +78,7 @@ def _preprocess(
     data = context.recipe.data
     if data is None:
         return None
-    from bmctl.engine.loading.preprocess import resolve_preprocess
+    from bmctl.engine.loading.data import resolve_input
 
     shape = inputs[0].shape if len(inputs) == 1 else ()
     if (
@@ -92,19 +92,16 @@ def _preprocess(
             f"it has inputs {[list(spec.shape) for spec in inputs]} and outputs {[list(s.shape) for s in outputs]}",
             hint="import it without data: only parity, latency and size are measured then",
         )
-    asked = data.preprocess
+    asked = data.input
     known = {
         "channels": asked.channels or (shape[1] if isinstance(shape[1], int) else None),
         "size": asked.size or (shape[2:] if all(isinstance(size, int) for size in shape[2:]) else None),
     }
-    recipe = context.recipe.model_copy(
-        update={"data": data.model_copy(update={"preprocess": asked.model_copy(update=known)})}
-    )
-    found = resolve_preprocess(recipe)
+    found: InputSpec = resolve_input(context.data, asked=asked.model_copy(update=known)).spec
     wanted = (found.channels, *found.size)
     if any(isinstance(own, int) and own != got for own, got in zip(shape[1:], wanted, strict=True)):
         raise DataError(
-            f"{path} takes [C, H, W] = {list(shape[1:])}; the recipe's preprocess makes {list(wanted)}",
-            hint="leave data.preprocess.size and channels out of the recipe",
+            f"{path} takes [C, H, W] = {list(shape[1:])}; the recipe's input is {list(wanted)}",
+            hint="leave data.input.size and channels out of the recipe",
         )
     return found

@@ -21,9 +21,8 @@ from bmctl.engine.checkpoints import consolidate
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import appraise, measure
 from bmctl.engine.intake import statedict
-from bmctl.engine.loading.preprocess import image_specs, resolve_preprocess
 from bmctl.errors import DataError, PackageError, RecipeError, ResourceError, UsageError
-from bmctl.inputs import InputSpec
+from bmctl.inputs import InputSpec, Resolved, image, specs
 from bmctl.models import ModelConfig, ModelSpec
 from bmctl.package import Manifest, ModelPackage, list_packages, open_package, save_package
 from bmctl.recipe import recipe_yaml
@@ -139,7 +138,7 @@ def _model_config(context: StageContext, name: str | None, *, path: Path) -> Mod
 
 
 def _key(context: StageContext, source: str, *, match: str) -> str:
-    used: Any = {"model": True, "task": True, "data": {"source", "val", "preprocess"}}
+    used: Any = {"model": True, "task": True, "data": {"source", "val", "input"}}
     fields = {"source": source, "match": match, "recipe": context.recipe.model_dump(mode="json", include=used)}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
@@ -224,7 +223,7 @@ def _spec(config: ModelConfig, preprocess: InputSpec, *, num_classes: int) -> Mo
     spec = ModelSpec(
         name=config.name,
         args=models.spec_args(config),
-        given=image_specs(preprocess),
+        given=specs(Resolved(preprocess)),
         told={"num_classes": num_classes},
     )
     return models.resolve(spec)
@@ -242,8 +241,10 @@ def resolve_input(context: StageContext, config: ModelConfig, *, known: Publishe
         UsageError: There are no data, and the publisher says too little.
     """
     if context.recipe.data is not None:
+        from bmctl.engine.loading.data import resolve_input as of_data
+
         asked = config.model_copy(update={"pretrained": known.has_weights})
-        return resolve_preprocess(context.recipe.model_copy(update={"model": asked}))
+        return of_data(context.data, model=asked).spec
     fields = known.of("image")
     missing = [name for name in ("size", "channels", "mean", "std") if name not in fields]
     if missing:
@@ -251,7 +252,7 @@ def resolve_input(context: StageContext, config: ModelConfig, *, known: Publishe
             f"{config.name} takes any input, and nobody says which it was trained on: {', '.join(missing)}",
             hint="give a recipe with its data: --recipe RECIPE",
         )
-    return InputSpec.model_validate(fields)
+    return image.Spec.model_validate(fields)
 
 
 # -- the package ------------------------------------------------------------------------------------
@@ -344,7 +345,7 @@ def check_data(
         return class_names, {}
     from bmctl.engine.loading.data import data_fingerprint, open_split
 
-    of_data = open_split(recipe, name="val", preprocess=preprocess).class_names
+    of_data = open_split(context.data, name="val", given=Resolved(preprocess)).facts.class_names
     if len(of_data) != len(class_names):
         raise DataError(
             f"{source} tells {len(class_names)} classes apart; the recipe's data has {len(of_data)} "
@@ -352,4 +353,4 @@ def check_data(
             hint="to train a new head on it, set model.pretrained: true in the recipe and run: bmctl train",
         )
     task = recipe.task.model_dump(mode="json") if recipe.task is not None else None
-    return of_data, {"task": task, "data_fingerprint": data_fingerprint(recipe)}
+    return of_data, {"task": task, "data_fingerprint": data_fingerprint(context.data)}

@@ -6,18 +6,19 @@ from typing import Literal
 
 import torch
 
-from bmctl.engine.loading.data import open_split
-from bmctl.engine.loading.preprocess import image_specs, resolve_preprocess
+from bmctl import inputs
+from bmctl.engine.loading.data import Data, open_split, resolve_input
 from bmctl.engine.sharding.outline import memory_at_hand, outline_of
 from bmctl.engine.sharding.strategy import USABLE, Outline, amount, choose, loads, state_bytes
 from bmctl.errors import BmctlError, RecipeError
+from bmctl.inputs import Resolved, image, text
 from bmctl.models import ModelConfig, ModelSpec, build, published, spec_args
 from bmctl.recipe import Recipe
-from bmctl.schema import Preprocess, TensorSpec
 
 _CLASSES = 1000
 _SIZE = (224, 224)
 _CHANNELS: Literal[3] = 3
+_TOKENS, _VOCABULARY = 128, 30_000
 
 
 def sharing(recipe: Recipe) -> dict[str, str]:
@@ -55,20 +56,30 @@ def sharing(recipe: Recipe) -> dict[str, str]:
 def _spec(recipe: Recipe, model: ModelConfig) -> tuple[ModelSpec, str]:
     """The model as the data make it, and what is assumed where they are not at hand."""
     try:
-        preprocess = resolve_preprocess(recipe)
-        train = open_split(recipe, name="train", preprocess=preprocess)
+        data = Data(recipe)
+        train = open_split(data, name="train", given=resolve_input(data))
     except BmctlError as error:
-        known = published(model).of("image")
-        size, channels = known.get("size") or _SIZE, known.get("channels") or _CHANNELS
-        assumed = Preprocess(size=size, channels=channels, mean=(0.5,) * channels, std=(0.5,) * channels)
-        spec = _spec_of(model, image_specs(assumed), num_classes=_CLASSES)
-        shape = "x".join(map(str, (channels, *size)))
+        given, shape = _assumed(recipe, model)
+        spec = _spec_of(model, given, num_classes=_CLASSES)
         return spec, f"; {_CLASSES} classes and samples of {shape} are assumed, as {error.message}"
-    return _spec_of(model, image_specs(preprocess), num_classes=len(train.class_names)), ""
+    return _spec_of(model, train.given, num_classes=len(train.facts.class_names)), ""
 
 
-def _spec_of(model: ModelConfig, given: tuple[TensorSpec, ...], *, num_classes: int) -> ModelSpec:
-    return ModelSpec(name=model.name, args=spec_args(model), given=given, told={"num_classes": num_classes})
+def _assumed(recipe: Recipe, model: ModelConfig) -> tuple[Resolved, str]:
+    """An input that nobody has looked at the data for, and in words how large a sample is."""
+    if recipe.data is not None and recipe.data.input.kind == "text":
+        known = published(model).of("text")
+        max_tokens, vocab_size = known.get("max_tokens", _TOKENS), known.get("vocab_size", _VOCABULARY)
+        return Resolved(text.Spec(max_tokens=max_tokens, vocab_size=vocab_size, pad_id=0)), f"{max_tokens} tokens"
+    known = published(model).of("image")
+    size, channels = known.get("size") or _SIZE, known.get("channels") or _CHANNELS
+    spec = image.Spec(size=size, channels=channels, mean=(0.5,) * channels, std=(0.5,) * channels)
+    return Resolved(spec), "x".join(map(str, (channels, *size)))
+
+
+def _spec_of(model: ModelConfig, given: Resolved, *, num_classes: int) -> ModelSpec:
+    told = {**inputs.told(given), "num_classes": num_classes}
+    return ModelSpec(name=model.name, args=spec_args(model), given=inputs.specs(given), told=told)
 
 
 def _outline(spec: ModelSpec) -> Outline:

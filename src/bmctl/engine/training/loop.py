@@ -45,9 +45,9 @@ def _run_epoch(setting: Setting, position: Position, loader: Loader, tracer: Tra
     epoch, first = divmod(position.step, setting.steps_per_epoch)
     setting.watch.start()
     began = time.perf_counter()
-    for x_BCHW, y_B in loader.batches(epoch=epoch, start_step=first):
+    for batch in loader.batches(epoch=epoch, start_step=first):
         setting.watch.lap("data")
-        signum = _step(setting, position, x_BCHW, y_B)
+        signum = _step(setting, position, batch["input"], batch["label"])
         position.elapsed_s += time.perf_counter() - began
         tracer.step()
         if signum:

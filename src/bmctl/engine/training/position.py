@@ -31,7 +31,7 @@ from bmctl.schema import Strict
 if TYPE_CHECKING:
     from torch import nn
 
-    from bmctl.engine.loading.data import Split
+    from bmctl.engine.loading.split import Split
 
 
 Note = Callable[[str], None]

@@ -26,8 +26,8 @@ from bmctl.engine.computing.precision import Precision, choose_precision
 from bmctl.engine.computing.recompute import keep_activations, recompute_blocks
 from bmctl.engine.computing.tiles import has_tiles
 from bmctl.engine.context import StageContext
-from bmctl.engine.loading.data import Split
 from bmctl.engine.loading.loader import choose_workers, open_loader
+from bmctl.engine.loading.split import Split
 from bmctl.engine.parallel import Group, check_batch, gather, num_cores, settle
 from bmctl.engine.sharding.shared import share
 from bmctl.engine.training.batchsize import find_batch_size
@@ -104,7 +104,6 @@ def prepare(training: Training, found: Checkpoint | None, undo: ExitStack) -> Se
     if fit.check_precision and found is None and not _is_too_large(training):
         precision = _checked(training, precision, batch_size)
         undo.enter_context(precision.applied())
-    spec = training.train.preprocess
     shared = share(
         model,
         group=group,
@@ -112,7 +111,7 @@ def prepare(training: Training, found: Checkpoint | None, undo: ExitStack) -> Se
         precision=precision,
         fit=fit,
         batch_size=batch_size,
-        sample_shape=(spec.channels, *spec.size),
+        sample_shape=tuple(int(size) for size in training.train.specs[0].shape[1:]),
     )
     if group.world > 1:
         training.notes.append(f"{shared.strategy}: {shared.reason}")
@@ -257,7 +256,8 @@ def _batches(training: Training, batch_size: int, count: int) -> list[tuple[torc
         channels_last=fit.channels_last,
     ) as loader:
         return [
-            (x.chunk(fit.accumulate)[0], y.chunk(fit.accumulate)[0]) for x, y in islice(loader.batches(epoch=0), count)
+            (batch["input"].chunk(fit.accumulate)[0], batch["label"].chunk(fit.accumulate)[0])
+            for batch in islice(loader.batches(epoch=0), count)
         ]
 
 
@@ -296,7 +296,7 @@ def settings_of(
     recipe: Recipe, fit: Fit, stage: str, seed: int, distill: Distill | None, inputs_hash: str
 ) -> dict[str, Any]:
     """What decides, with the data, what the steps do."""
-    data = recipe.data.model_dump(mode="json", include={"preprocess", "augment"}) if recipe.data else None
+    data = recipe.data.model_dump(mode="json", include={"input"}) if recipe.data else None
     return {
         "stage": stage,
         "seed": seed,

@@ -7,16 +7,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from bmctl import inputs
 from bmctl.engine import randomness
 from bmctl.engine.checkpoints.consolidate import About
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import appraise
-from bmctl.engine.loading.data import Split, array_batches, data_fingerprint, open_split
+from bmctl.engine.loading.arrays import array_batches
+from bmctl.engine.loading.data import data_fingerprint, open_split, resolve_input
 from bmctl.engine.loading.leaks import check_leaks
-from bmctl.engine.loading.preprocess import image_specs, resolve_preprocess
+from bmctl.engine.loading.split import Split
 from bmctl.engine.parallel import settle
 from bmctl.engine.training.train import FitResult, fit, training_key
 from bmctl.errors import BmctlError, DataError, RecipeError, UsageError
+from bmctl.inputs import Resolved
 from bmctl.models import ModelConfig, ModelSpec, build, published, resolve, spec_args
 from bmctl.package import Manifest, ModelPackage, derive, load_model, open_package, save_package
 from bmctl.recipe import Recipe, recipe_yaml
@@ -48,15 +51,16 @@ def train_stage(context: StageContext, *, start: ModelPackage | None = None) -> 
     number = int(start.path.name.split("-", 1)[0]) + 1 if start else 0
     stage = f"{number:02d}-{STAGE}" if start else STAGE
     target = context.run / "packages" / f"{number:02d}-{STAGE}"
-    key = training_key(recipe, data_fingerprint=data_fingerprint(recipe), start=start.hash if start else None)
+    key = training_key(recipe, data_fingerprint=data_fingerprint(context.data), start=start.hash if start else None)
     done = _done(context, target, key=key)
     if done is not None:
         return done if context.group.leads else None
-    preprocess = start.manifest.preprocess if start and start.manifest.preprocess else resolve_preprocess(recipe)
-    train = open_split(recipe, name="train", preprocess=preprocess, augment=True)
-    val = open_split(recipe, name="val", preprocess=preprocess)
+    told = start.manifest.preprocess if start else None
+    given = Resolved(told) if told is not None else resolve_input(context.data)
+    train = open_split(context.data, name="train", given=given, augment=True)
+    val = open_split(context.data, name="val", given=given)
     model, spec, said = _load(start, train) if start else _build(recipe, train)
-    notes = (*check_leaks(recipe), *said)
+    notes = (*check_leaks(context.data), *said)
     for text in notes if context.group.leads else ():
         context.emit({"event": "note", "stage": stage, "text": text})
     result = fit(
@@ -72,10 +76,10 @@ def train_stage(context: StageContext, *, start: ModelPackage | None = None) -> 
         inputs_hash=start.hash if start else "",
         about=About(
             model=spec,
-            preprocess=preprocess,
-            class_names=train.class_names,
+            preprocess=given.spec,
+            class_names=train.facts.class_names,
             task=recipe.task.model_dump(mode="json"),
-            data_fingerprint=data_fingerprint(recipe),
+            data_fingerprint=data_fingerprint(context.data),
             history=start.manifest.history if start else (),
             recipe=recipe.model_dump(mode="json"),
         ).to_json(),
@@ -93,25 +97,25 @@ def train_stage(context: StageContext, *, start: ModelPackage | None = None) -> 
 
 def _build(recipe: Recipe, train: Split) -> tuple[nn.Module, ModelSpec, tuple[str, ...]]:
     """The recipe's model, how to build it again, and what is to be said of it."""
-    assert recipe.model is not None
+    assert recipe.model is not None and recipe.task is not None
     spec = resolve(
         ModelSpec(
             name=recipe.model.name,
             args=spec_args(recipe.model),
-            given=image_specs(train.preprocess),
-            told={"num_classes": len(train.class_names)},
+            given=train.specs,
+            told={**inputs.told(train.given), **TASKS[recipe.task.kind].told(train.facts)},
         )
     )
     randomness.seed_all(recipe.seed, stage="build")
     model = build(spec, pretrained=recipe.model.pretrained)
-    return model, spec, _new_head(recipe.model, num_classes=len(train.class_names))
+    return model, spec, _new_head(recipe.model, num_classes=len(train.facts.class_names))
 
 
 def _load(start: ModelPackage, train: Split) -> tuple[nn.Module, ModelSpec, tuple[str, ...]]:
     """The package's model, of which the data must know as many classes."""
     model, spec = load_model(start), start.manifest.model
     assert spec is not None
-    known, found = spec.told["num_classes"], len(train.class_names)
+    known, found = spec.told["num_classes"], len(train.facts.class_names)
     if known != found:
         raise DataError(
             f"{start.path} tells {known} classes apart, the training data have {found}",
@@ -159,9 +163,9 @@ def _publish(
     key: str,
     notes: tuple[str, ...],
 ) -> ModelPackage:
-    model, evaluation, preprocess, recipe = result.model, result.val, val.preprocess, context.recipe
+    model, evaluation, preprocess, recipe = result.model, result.val, val.given.spec, context.recipe
     assert evaluation is not None and recipe.task is not None
-    example = torch.from_numpy(next(array_batches(val, batch_size=2))[0])
+    example = torch.from_numpy(next(array_batches(val, batch_size=2))["input"])
     numbers = appraise.module_numbers(context, model, before=None, example=example)
     metrics = {
         "val": appraise.metric_of(evaluation),
@@ -178,15 +182,17 @@ def _publish(
         stage=STAGE,
         key=key,
         model=spec,
-        inputs=spec.given,
+        inputs=val.specs,
         outputs=(
-            TensorSpec(name="logits", shape=(BATCH, len(val.class_names)), dtype="float32", meaning="class scores"),
+            TensorSpec(
+                name="logits", shape=(BATCH, len(val.facts.class_names)), dtype="float32", meaning="class scores"
+            ),
         ),
         preprocess=preprocess,
-        class_names=val.class_names,
+        class_names=val.facts.class_names,
         task=recipe.task.model_dump(mode="json"),
         metrics=metrics,
-        data_fingerprint=data_fingerprint(recipe),
+        data_fingerprint=data_fingerprint(context.data),
         notes=all_notes,
     )
     if start:

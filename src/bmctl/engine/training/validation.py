@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from bmctl.core.evaluation import Evaluation
-from bmctl.engine.loading.data import array_batches
+from bmctl.engine.loading.arrays import array_batches
 from bmctl.engine.parallel import Vote, gather
 from bmctl.engine.training.position import Position, Setting, diverged, kept_weights
 
@@ -80,4 +80,4 @@ def _until_stopped(setting: Setting, step: int) -> Iterator[tuple[np.ndarray, np
         if signum:
             raise StoppedError(signum)
         context.beat(step, "evaluating")
-        yield batch
+        yield batch["input"], batch["label"]

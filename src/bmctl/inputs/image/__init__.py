@@ -120,7 +120,7 @@ def resolve(asked: Config, examples: Examples, *, published: Mapping[str, Any]) 
         DataError: The images differ in size and no size is given, or are all of one colour.
         RecipeError: Channels that the model does not take, or not one mean and std per channel.
     """
-    from bmctl.inputs.image.resolve import resolve
+    from bmctl.inputs.image.defaults import resolve
 
     return resolve(asked, examples, published=published), {}
 
@@ -159,7 +159,7 @@ def finish(
     empty: Callable[[tuple[int, ...], torch.dtype], torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """float32 [n, C, H, W]: (pixel / 255 - mean) / std; in one pass on the host, a quarter of the bytes to a device."""
-    from bmctl.inputs.image.finish import finish
+    from bmctl.inputs.image.device import finish
 
     return {FIELD: finish(fields[FIELD], given.spec, channels_last=channels_last, empty=empty)}
 
@@ -188,6 +188,6 @@ def requests(source: str | Path, *, given: Resolved, batch_size: int, on_bad: On
     Raises:
         DataError: Nothing there, or no images. While reading: bad images.
     """
-    from bmctl.inputs.image.requests import requests
+    from bmctl.inputs.image.files import requests
 
     return requests(source, given.spec, batch_size=batch_size, on_bad=on_bad, emit=emit)

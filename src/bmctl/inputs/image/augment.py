@@ -137,7 +137,8 @@ def _shifted(pixels: np.ndarray, luck: np.ndarray, *, most: int) -> np.ndarray:
     down, right = ((luck >> np.uint64(8)) % span).astype(int), ((luck >> np.uint64(32)) % span).astype(int)
     padded = np.pad(pixels, ((0, 0), (most, most), (most, most), (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(1, 2))
-    return windows[np.arange(count), down, right].transpose(0, 2, 3, 1)
+    moved: np.ndarray = windows[np.arange(count), down, right].transpose(0, 2, 3, 1)
+    return moved
 
 
 def _around_one(luck: np.ndarray, most: float) -> np.ndarray:

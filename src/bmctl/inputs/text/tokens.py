@@ -59,10 +59,7 @@ def resolve(asked: Config, examples: Examples, *, published: Mapping[str, Any]) 
             hint="remove data.input.tokenizer, or take an architecture by name, such as transformers:bert",
         )
     (texts,) = examples.read(None).values()
-    if path is not None:
-        text = _read(Path(path))
-    else:
-        text = train(texts, config=asked.tokenizer or TokenizerConfig())
+    text = _read(Path(path)) if path is not None else train(texts, config=asked.tokenizer or TokenizerConfig())
     tokenizer = open_tokenizer(text)
     max_tokens = asked.max_tokens or _enough(tokenizer, texts, most=takes or MOST_TOKENS)
     pad_id = published.get("pad_id", _pad_id(tokenizer))
