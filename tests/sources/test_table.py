@@ -33,7 +33,7 @@ def texts(config: table.Config, split: str) -> list[tuple[str, str]]:
 def test_a_table_is_carved_without_overlap(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tsv")
     parts = [texts(config(path, val=0.2, test=0.2), split) for split in ("train", "val", "test")]
-    assert sorted(sum(parts, [])) == sorted(ROWS)
+    assert sorted(row for part in parts for row in part) == sorted(ROWS)
     assert [len(part) for part in parts] == [36, 12, 12]
     assert texts(config(path, val=0.2, test=0.2, seed=1), "val") != parts[1]
 

@@ -28,7 +28,7 @@ TEXTS = [" ".join(WORDS[(start * step) % 12] for start in range(3 + step)) + f" 
 class Examples:
     """Training texts."""
 
-    columns: Mapping[str, Any] = {"text": Text()}  # noqa: RUF012
+    columns: Mapping[str, Any] = {"text": Text()}
     in_memory = True
 
     def __init__(self, texts: list[str]) -> None:
