@@ -243,10 +243,6 @@ def test_every_kind_of_event_has_its_line(capsys: pytest.CaptureFixture[str]) ->
             "p: val accuracy 89.6 %, 320 kB, latency 12.30 ms",
         ),
         (
-            {"event": "artifact", "backend": "openvino", "size_bytes": 141_000, "status": "ran", "precision": "int8"},
-            "openvino: 141 kB, int8, ran",
-        ),
-        (
             {"event": "done", "stage": "infer", "steps": 1200, "seconds": 3.2, "backend": "openvino"},
             "infer: 1,200 samples in 3 s, on openvino",
         ),
@@ -266,7 +262,7 @@ def test_every_kind_of_event_has_its_line(capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize(
     "event",
-    ["start", "step", "progress", "evaluation", "note", "skip", "stage", "stage_done", "artifact", "done", "new", None],
+    ["start", "step", "progress", "evaluation", "note", "skip", "stage", "stage_done", "done", "new", None],
 )
 @pytest.mark.parametrize("live", [False, True])
 def test_events_may_lack_any_field(event: str | None, live: bool, monkeypatch: pytest.MonkeyPatch) -> None:

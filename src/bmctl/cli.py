@@ -185,7 +185,8 @@ def export(
     from bmctl import pipeline
     from bmctl.session import Options
 
-    return pipeline.export(Options(**flags), source=source, backends=backends or (), tensorrt=tensorrt)
+    flag = "tensorrt" if tensorrt else None
+    return pipeline.export(Options(**flags), source=source, backends=backends or (), flag=flag)
 
 
 @command(STAGES)

@@ -283,7 +283,6 @@ SHOWN: Mapping[str, Callable[[Console, Mapping[str, object], str], None]] = {
     "note": lambda console, event, stage: console.note(str(event.get("text", "")), stage=stage),
     "skip": lambda console, event, stage: console.heading(stage, wording.skip_line(event)),
     "stage_done": lambda console, event, stage: console.line(wording.stage_done_line(event), stage=stage),
-    "artifact": lambda console, event, stage: console.line(wording.artifact_line(event), stage=stage),
     "done": _finish,
 }
 

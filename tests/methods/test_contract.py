@@ -19,7 +19,7 @@ from bmctl import models, package
 from bmctl.core import masks
 from bmctl.engine.artifacts.graph import export_onnx
 from bmctl.errors import UnsupportedError
-from bmctl.methods import METHODS, MethodContext
+from bmctl.methods import METHODS, MethodContext, of_verb
 from bmctl.models import ModelSpec
 
 STEPS: dict[str, list[dict[str, Any]]] = {
@@ -52,6 +52,20 @@ CASES = [
 
 def test_every_module_method_is_covered() -> None:
     assert set(STEPS) == set(MODULE_METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_says_what_it_is(name: str) -> None:
+    method = METHODS[name]
+    assert method.LEVEL in ("module", "graph") and method.Config.model_fields["method"].default == name
+    assert isinstance(method.QUANTIZES, bool) and isinstance(method.CALIBRATES, bool)
+    assert not method.CALIBRATES or method.num_samples(method.Config()) > 0
+    assert name in of_verb(method.VERB)
+
+
+@pytest.mark.parametrize(("verb", "names"), [("prune", ["structured", "magnitude"]), ("lowrank", ["svd"])])
+def test_a_verbs_default_comes_first(verb: str, names: list[str]) -> None:
+    assert of_verb(verb) == names and of_verb("quantize") == ["ptq", "cast"]
 
 
 def make(spec: ModelSpec) -> nn.Module:

@@ -35,6 +35,8 @@ def found(text: str) -> list[str]:
         ),
         ("name: r\nmodel: {name: bmctl:mlp, pretrained: true}", "model.pretrained", "no published weights"),
         ("name: r\nmodel: {name: bmctl:rescn}", "model.name", "must be one of"),
+        ("name: r\nmodel: {name: bmctl:rescnn, args: {widht: 8}}", "model.args.widht", "takes no such argument"),
+        ("name: r\nmodel: {name: bmctl:mlp, args: {hidden: [0]}}", "model.args.hidden", "greater than or equal to 1"),
         (FULL + "train: {batch_size: 10}\nlaunch: {nproc: 4}", "train.batch_size", "do not divide by launch.nproc = 4"),
         (FULL + "train: {}\nlaunch: {nproc: 3}", "train.batch_size", "64 samples"),
         (FULL + "train: {batch_size: 12, accumulate: 8}", "train.batch_size", "of 8 parts each"),
@@ -56,7 +58,7 @@ def found(text: str) -> list[str]:
         (FULL + "export: {axes: {batch: {min: 4, opt: 2}}}", "export.axes.batch", "got 4, 2, 64"),
         (FULL + "export: {axes: {batch: {max: 4}}}", "export.axes.batch", "got 1, 8, 4"),
         (
-            FULL + "export: {batch: {max: 32}, backends: [{name: tensorrt_rtx}]}",
+            FULL + "export: {axes: {batch: {max: 32}}, backends: [{name: tensorrt_rtx}]}",
             "export.measure.batch_size",
             "64 is outside the batch profile 1 to 32",
         ),
@@ -86,7 +88,7 @@ def test_contradictions(text: str, path: str, words: str) -> None:
     "text",
     [
         FULL + "compress: [{method: svd}, {method: svd, name: svd-2}, {method: ptq}, {method: cast}]",
-        FULL + "export: {batch: {max: 32}, backends: [{name: openvino}]}",
+        FULL + "export: {axes: {batch: {max: 32}}, backends: [{name: openvino}]}",
         FULL + "gates: {min_speedup: 2, max_drop: 0.1}",
         FULL + "train: {batch_size: 12}\nlaunch: {nproc: 4}",
         "name: r\ncompress: [{method: svd}]",

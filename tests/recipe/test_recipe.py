@@ -331,6 +331,14 @@ def test_plan_names_every_stage(write: Write) -> None:
     assert "x.png" in lines["infer"]
 
 
+@pytest.mark.parametrize(
+    ("samples", "limit", "most"), [(None, None, 300), (500, None, 500), (500, 90, 90), (20, 90, 20)]
+)
+def test_plan_says_how_many_samples_calibrate(write: Write, samples: int | None, limit: int | None, most: int) -> None:
+    overrides = [f"compress=[{{method: ptq, samples: {samples or 'null'}}}]", f"data.calib.limit={limit or 'null'}"]
+    assert f"calibrated on {most} samples" in dict(describe(load_recipe(write(), overrides=overrides)))["compress"]
+
+
 def test_importing_the_recipe_is_light() -> None:
     code = """import sys, bmctl.recipe
 bmctl.recipe.load_recipe("fashion-mnist")

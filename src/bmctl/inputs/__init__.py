@@ -95,8 +95,8 @@ class Input(Protocol):
         """What the model takes, in order."""
         ...
 
-    def told(self, spec: Strict) -> dict[str, Any]:
-        """What a model has to know of its input beyond `specs`, such as how many token ids there are."""
+    def told(self, given: Resolved) -> dict[str, Any]:
+        """What a model's constructor must know besides, such as the size of a vocabulary."""
         ...
 
     def prepare(self, samples: Any, *, given: Resolved, folder: Path | None) -> Any:
@@ -175,10 +175,4 @@ else:
 def specs(given: Resolved) -> tuple[TensorSpec, ...]:
     """What the model takes, in order."""
     found: tuple[TensorSpec, ...] = INPUTS[given.spec.kind].specs(given.spec)
-    return found
-
-
-def told(given: Resolved) -> dict[str, Any]:
-    """What a model has to know of its input beyond `specs`."""
-    found: dict[str, Any] = INPUTS[given.spec.kind].told(given.spec)
     return found

@@ -129,7 +129,7 @@ def build(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
         DependencyError: transformers is not installed, or the weights cannot be downloaded.
     """
     repositories.require()
-    from bmctl.models.networks import ImageLogits, TextLogits
+    from bmctl.models.own.networks import ImageLogits, TextLogits
 
     check_fits(spec, reserved=_OURS)
     name = bare_name(spec.name)

@@ -10,6 +10,7 @@ from bmctl.backends import BACKENDS
 from bmctl.fit import Fit
 from bmctl.inputs import INPUTS
 from bmctl.methods import METHODS
+from bmctl.models import own
 from bmctl.recipe.diagnosis import did_you_mean, own_models, shown
 from bmctl.recipe.sections import ExportConfig, LaunchConfig, MeasureConfig, input_kind
 from bmctl.recipe.yamlio import KeyPath
@@ -67,6 +68,9 @@ def check_needs(data: Mapping[str, Any]) -> Found:
         yield ("model", "name"), message, did_you_mean(name, own_models())
     elif name.startswith("bmctl:") and get(data, ("model", "pretrained"), bool, False):
         yield ("model", "pretrained"), f"{name} has no published weights", "set it to false, or name a timm: model"
+    if name in own_models():
+        for key, message, hint in own.problems(name, get(data, ("model", "args"), dict, {})):
+            yield ("model", "args", key), message, hint
 
 
 def check_launch(data: Mapping[str, Any]) -> Found:
@@ -131,7 +135,8 @@ def check_axes(data: Mapping[str, Any]) -> Found:
     low, high = (get(axes, (BATCH, key), int, getattr(Span(), key)) for key in ("min", "max"))
     measured = get(data, ("export", "measure", "batch_size"), int, MeasureConfig().batch_size)
     backends = get(data, ("export", "backends"), list, list(ExportConfig().backends))
-    engines = [b["name"] for b in backends if isinstance(b, dict) and str(b.get("name")).startswith("tensorrt")]
+    names = [str(backend.get("name")) for backend in backends if isinstance(backend, dict)]
+    engines = [name for name in names if name in BACKENDS and BACKENDS[name].PROFILED]
     if engines and low <= high and not low <= measured <= high:
         message = f"{measured} is outside the batch profile {low} to {high} that {engines[0]} builds for"
         yield ("export", "measure", "batch_size"), message, "set export.axes.batch.max or export.measure.batch_size"
@@ -158,8 +163,8 @@ def check_steps(data: Mapping[str, Any]) -> Found:
         elif graph_step:
             message = f"{method} works on the model's weights and cannot follow {graph_step}, which works on its graph"
             yield ("compress", i), message, f"move it before {graph_step}"
-        if method == "ptq" and not has(data, "data"):
-            yield ("compress", i), "ptq needs a `data` section to calibrate with", "add `data: {source: bundled}`"
+        if METHODS[method].CALIBRATES and not has(data, "data"):
+            yield ("compress", i), f"{method} needs a `data` section to calibrate with", "add `data: {source: bundled}`"
         if step.get("recover") is not None and not has(data, "data"):
             yield ("compress", i, "recover"), "recovery is training and needs a `data` section", "add one"
 

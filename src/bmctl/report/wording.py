@@ -173,17 +173,6 @@ def stage_done_line(event: Event) -> str:
     return ", ".join(part for part in parts if part) or "done"
 
 
-def artifact_line(event: Event) -> str:
-    """What was built: where, how large, and whether it ran."""
-    parts = [str(event[key]) for key in ("precision", "status", "reason") if event.get(key)]
-    if (size := number(event, "size_bytes")) is not None:
-        parts.insert(0, size_text(int(size)))
-    if event.get("path"):
-        parts.append(str(event["path"]))
-    name = str(event.get("name") or event.get("backend") or "artifact")
-    return f"{name}: {', '.join(parts)}" if parts else name
-
-
 def _value(val: Event) -> dict[str, object]:
     return {"value": val.get("value")}
 

@@ -83,7 +83,7 @@ def test_every_field_of_the_state_comes_back(tmp_path: Path) -> None:
     """None is lost, and each is another value than its default."""
     state = State(
         step=5, validated_step=4, best_step=3, best_value=0.1 + 0.2, num_seen=64, seed=9, epoch=2, batch_size=32,
-        accumulated=1, precision="fp16", scaler={"scale": 65536.0}, skipped=2, waited=3, elapsed_s=1.5,
+        precision="fp16", scaler={"scale": 65536.0}, skipped=2, waited=3, elapsed_s=1.5,
         random=({"torch": "abc"},), progress=({"loss_sum": 0.1},),
     )  # fmt: skip
     assert not [name for name, info in State.model_fields.items() if getattr(state, name) == info.default]

@@ -169,14 +169,6 @@ def test_the_command_for_the_target_machine(run: Path, events: Events) -> None:
     assert words == ["bmctl", "export", str(package.path), "--backend", "tensorrt", "-o", str(spaced)]
 
 
-def test_tensorrt_is_chosen_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt, "unavailable", lambda config: "")
-    assert export.choose_tensorrt()[0] == "tensorrt"
-    monkeypatch.setattr(tensorrt, "unavailable", lambda config: "no GPU")
-    name, why = export.choose_tensorrt()
-    assert name == "tensorrt_rtx" and why.startswith("no GPU") and "SM90" in why
-
-
 # -- doing it again ---------------------------------------------------------------------------------
 
 

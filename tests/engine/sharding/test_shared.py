@@ -20,15 +20,17 @@ from bmctl.engine.computing.precision import Precision
 from bmctl.engine.computing.recompute import recompute_blocks
 from bmctl.engine.loading.order import share_of
 from bmctl.engine.parallel import Group
-from bmctl.engine.sharding.shared import Shared, share
+from bmctl.engine.sharding.shared import SharedModel, share
 from bmctl.engine.training.ema import Average
 from bmctl.engine.training.optim import build_optimizer
 from bmctl.errors import RecipeError
 from bmctl.fit import SGD, Adafactor, Adam, AdamW, Muon, RMSprop
 from bmctl.recipe import LaunchConfig
+from bmctl.schema import BATCH, TensorSpec
 
 ALONE = Group(rank=0, local_rank=0, world=1, device=torch.device("cpu"), threads=1)
 STEPS = 5
+IMAGE = [TensorSpec(name="x", dtype="float32", shape=(BATCH, 3, 8, 8))]
 CURVE = {"fp32": 1e-5, "bf16": 2e-2}
 """Largest difference of a loss or a gradient to those of one process, relative to the loss or the gradient's norm.
 
@@ -53,9 +55,10 @@ def make(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
     return build()
 
 
-def shared(model: nn.Module, group: Group, strategy: str = "ddp", precision: str = "fp32", **given: Any) -> Shared:
+def shared(model: nn.Module, group: Group, strategy: str = "ddp", precision: str = "fp32", **given: Any) -> SharedModel:
     launch = LaunchConfig(strategy=strategy)  # type: ignore[arg-type]
-    return share(model, group=group, launch=launch, precision=Precision(precision, ""), **given)  # type: ignore[arg-type]
+    chosen = Precision(precision, "")  # type: ignore[arg-type]
+    return share(model, group=group, launch=launch, precision=chosen, **{"given": IMAGE, "gives": ["logits"], **given})
 
 
 def batch(step: int, num: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,7 +67,7 @@ def batch(step: int, num: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def gradients(
-    one: Shared, group: Group, step: int, *, parts: int = 1, precision: str = "fp32", poison: bool = False
+    one: SharedModel, group: Group, step: int, *, parts: int = 1, precision: str = "fp32", poison: bool = False
 ) -> float:
     """Forward and backward as the loop does it; returns this process's loss."""
     x, y = batch(step)
@@ -86,7 +89,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def train(one: Shared, group: Group, *, optimizer: Any, clip: float | None = None, **given: Any) -> dict[str, Any]:
+def train(one: SharedModel, group: Group, *, optimizer: Any, clip: float | None = None, **given: Any) -> dict[str, Any]:
     """A few steps: the losses, the norms, and the gradients of the last step."""
     optimizers = build_optimizer(one.model, optimizer)
     losses, norms = [], []
@@ -243,7 +246,7 @@ def test_parameters_that_get_no_gradient(traced: bool) -> None:
             return self.used(x if traced or float(x.sum()) else -x)
 
     def work(group: Group) -> dict[str, Any]:
-        return train(shared(make(Partly), group, sample_shape=(3, 8, 8)), group, optimizer=AdamW(), parts=2)
+        return train(shared(make(Partly), group), group, optimizer=AdamW(), parts=2)
 
     first, second = (each.value for each in on_ranks(2, work))
     (alone,) = (each.value for each in on_ranks(1, work))
@@ -291,7 +294,7 @@ def test_outputs_have_the_order_of_the_rows(strategy: str) -> None:
             mine = torch.zeros_like(rows)
             share = share_of(num, rank=group.rank, world=group.world)
             mine[share] = rows[share]
-            found.append(one.outputs(mine).tolist())
+            found.append(one.outputs({"x": mine})["logits"].tolist())
         assert one.model.training
         # The optimizer and the checkpoint look at parts, not at what an evaluation gathered.
         assert strategy == "ddp" or group.world == 1 or all(isinstance(w, DTensor) for w in one.model.parameters())
@@ -312,7 +315,7 @@ def test_batch_statistics_are_rank_0_s(strategy: str, precision: str) -> None:
         one = shared(make(normed), group, strategy, precision)
         train(one, group, optimizer=AdamW(), precision=precision)
         own = one.model[1].running_mean.tolist()
-        rows = one.outputs(batch(9, 4)[0])
+        rows = one.outputs({"x": batch(9, 4)[0]})["logits"]
         again = one.whole_model().eval()(batch(9, 4)[0])
         return rows.tolist(), own, float((rows - again).abs().max())
 
@@ -388,7 +391,7 @@ def test_averages_follow_the_parts_of_a_model() -> None:
 # -- memory -------------------------------------------------------------------------------------------
 
 
-def held_bytes(one: Shared, optimizers: Any) -> int:
+def held_bytes(one: SharedModel, optimizers: Any) -> int:
     """Of parameters, gradients and optimizer state, as far as this process holds them."""
     weights = list(one.model.parameters())
     tensors = [*weights, *(weight.grad for weight in weights), *optimizers.tensors(one.model).values()]
@@ -398,11 +401,12 @@ def held_bytes(one: Shared, optimizers: Any) -> int:
 
 def test_a_part_of_the_model_is_a_part_of_the_memory() -> None:
     model = timm.create_model("vit_small_patch16_224", depth=6, img_size=32, num_classes=10)
+    large = [TensorSpec(name="x", dtype="float32", shape=(BATCH, 3, 32, 32))]
 
     def work(group: Group) -> dict[str, int]:
         found = {}
         for strategy in ("ddp", "fsdp"):
-            one = shared(copy.deepcopy(model), group, strategy)
+            one = shared(copy.deepcopy(model), group, strategy, given=large)
             optimizers = build_optimizer(one.model, AdamW())
             one.forward(torch.randn(2, 3, 32, 32)).sum().backward()
             optimizers.step()
@@ -417,5 +421,5 @@ def test_a_part_of_the_model_is_a_part_of_the_memory() -> None:
 def test_nothing_to_offload() -> None:
     launch = LaunchConfig(strategy="fsdp", cpu_offload=True)
     with pytest.raises(RecipeError, match="on the CPU it is there already") as caught:
-        share(make(mlp), group=ALONE, launch=launch, precision=Precision("fp32", ""))
+        share(make(mlp), group=ALONE, launch=launch, precision=Precision("fp32", ""), given=IMAGE, gives=["logits"])
     assert "cpu_offload=false" in caught.value.hint

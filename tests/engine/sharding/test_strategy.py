@@ -16,8 +16,10 @@ from bmctl.engine.sharding.outline import on_meta, outline_of
 from bmctl.engine.sharding.strategy import Outline, amount, choose, loads, state_bytes
 from bmctl.fit import SGD, Adafactor, Adam, AdamW, Ema, Fit, Muon, RMSprop
 from bmctl.recipe import LaunchConfig
+from bmctl.schema import BATCH, TensorSpec
 
 MIB = 2**20
+FOUR = [TensorSpec(name="x", dtype="float32", shape=(BATCH, 4))]
 MODEL = Outline(num_params=10 * MIB, num_trained=8 * MIB, num_gathered=MIB, activation_bytes=MIB)
 
 
@@ -104,7 +106,7 @@ class Partly(nn.Module):
 def test_an_outline_is_traced_without_memory() -> None:
     model = Partly()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = outline_of(model, sample_shape=(4,))
+    found = outline_of(model, given=FOUR, gives=["y"])
     assert found.num_params == found.num_trained == found.num_gathered == 4 * 8 + 8 + 6 + 16
     assert found.unused == ("unused.weight", "unused.bias")
     # The input, what the norm takes, and what tanh gives; the norm's mean and deviation are of the whole batch.
@@ -117,11 +119,11 @@ def test_a_model_that_asks_for_numbers_is_not_traced() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) if float(x.sum()) > 0 else x
 
-    found = outline_of(Asking(4, 4), sample_shape=(4,))
+    found = outline_of(Asking(4, 4), given=FOUR, gives=["y"])
     assert (found.activation_bytes, found.unused) == (None, None)
     given = {"fit": Fit(), "launch": LaunchConfig(), "world": 2, "batch_size": 8, "memory_bytes": 2**30}
     assert "without activations: the model cannot be traced" in choose(found, **given)[1]
-    assert "traced" not in choose(outline_of(nn.Linear(4, 4), sample_shape=(4,)), **given)[1]
+    assert "traced" not in choose(outline_of(nn.Linear(4, 4), given=FOUR, gives=["y"]), **given)[1]
 
 
 def test_a_copy_on_meta_keeps_ties_and_freezes() -> None:

@@ -78,9 +78,9 @@ def test_the_selected_weights_are_the_result(tmp_path: Path, monkeypatch, select
     real = validation.evaluate
     kept = []
 
-    def rigged(setting, *, step):
-        kept.append(copy.deepcopy(setting.model.state_dict()))
-        found = real(setting, step=step)
+    def rigged(training, *, step):
+        kept.append(copy.deepcopy(training.model.state_dict()))
+        found = real(training, step=step)
         return type(found)(**{**vars(found), "value": next(values, found.value)})
 
     for module in (validation, train):

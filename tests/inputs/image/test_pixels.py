@@ -65,7 +65,8 @@ def test_the_same_pixels_as_timm(name: str) -> None:
     import timm
     from timm.data import create_transform, resolve_data_config
 
-    to = Spec.model_validate(published(ModelConfig(name=f"timm:{name}", pretrained=True)).of("image"))
+    known = published(ModelConfig(name=f"timm:{name}", pretrained=True)).of("image")
+    to = Spec.model_validate(known)
     image = RNG.integers(0, 256, (300, 400, 3), np.uint8)
     theirs = create_transform(**resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict()))
     np.testing.assert_allclose(pixels.prepare([image], to)[0], theirs(Image.fromarray(image)).numpy(), atol=1e-6)

@@ -110,7 +110,7 @@ def test_fields_are_as_the_model_takes_them() -> None:
     assert [(name, str(made[name].dtype)) for name in made] == [
         (spec.name, f"torch.{spec.dtype}") for spec in text.specs(given.spec)
     ]
-    assert int(made["input_ids"].max()) < text.told(given.spec)["vocab_size"]
+    assert int(made["input_ids"].max()) < text.told(given)["vocab_size"]
 
 
 def test_texts_stay_whole_as_far_as_the_model_goes() -> None:

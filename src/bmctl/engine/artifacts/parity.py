@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 
-from bmctl.schema import Strict
+from bmctl.schema import Strict, TensorSpec
 
 TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 8e-2, "int8": 0.15}
 """Largest error of an artifact against its reference, as a fraction of the reference's largest value.
@@ -86,3 +88,46 @@ def _agreement(reference: np.ndarray, got: np.ndarray, *, slack: float) -> float
     rows, other = reference.reshape(-1, reference.shape[-1]), got.reshape(-1, reference.shape[-1])
     chosen = np.take_along_axis(rows, other.argmax(-1)[:, None], -1)[:, 0]
     return float((rows.max(-1) - chosen <= slack).mean())
+
+
+def compare_all(
+    reference: Mapping[str, np.ndarray],
+    got: Mapping[str, np.ndarray],
+    *,
+    outputs: Sequence[TensorSpec],
+    tolerance: float,
+    min_agreement: float,
+    source: str,
+) -> Parity:
+    """The worst comparison over all outputs of a call; the arg max counts for scores alone.
+
+    Args:
+        reference: By the names of `outputs`.
+        got: The outputs to judge.
+        outputs: Names and roles.
+    """
+    found = [
+        compare(
+            reference[spec.name],
+            got[spec.name],
+            tolerance=tolerance,
+            min_agreement=min_agreement if spec.role == "scores" else 0.0,
+            source=source,
+        )
+        for spec in outputs
+    ]
+    return worst(found)
+
+
+def worst(found: Sequence[Parity]) -> Parity:
+    """What several comparisons come to: the largest error, the smallest agreement of those that count, all samples."""
+    judged = [one for one in found if one.min_agreement > 0] or found
+    return found[0].model_copy(
+        update={
+            "error": max(one.error for one in found),
+            "agreement": min(one.agreement for one in judged),
+            "min_agreement": max(one.min_agreement for one in found),
+            "num_samples": max(one.num_samples for one in found),
+            "passed": all(one.passed for one in found),
+        }
+    )

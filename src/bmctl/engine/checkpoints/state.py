@@ -72,7 +72,6 @@ class State(Strict):
         num_seen: Samples of this epoch so far, over all ranks.
         seed: Of the sampler; with `epoch` and `num_seen` it says which sample comes next.
         batch_size: Samples of a step over all processes, also where it was found by trial.
-        accumulated: Parts of the next step's batch that are in the gradients already: none at a step's border.
         precision: In which the steps are computed.
         scaler: GradScaler's numbers, for fp16.
         skipped: Steps in a row that were left out because they were not finite.
@@ -90,7 +89,6 @@ class State(Strict):
     seed: int = 0
     epoch: int = 0
     batch_size: int = 0
-    accumulated: int = 0
     precision: str = "fp32"
     scaler: dict[str, float] | None = None
     skipped: int = 0
@@ -106,7 +104,7 @@ class Snapshot:
 
     Attributes:
         best: Parameters and buffers of the best validation so far, where that is another step's.
-        task: What a task owns beside the model, such as a replay memory.
+        task: What a task's feed owns, such as a replay memory; every process's own, under names of its own.
     """
 
     model: Tensors

@@ -129,7 +129,7 @@ def _remove(context: StageContext, paths: Sequence[Path]) -> None:
 
 def _check_chain(steps: Sequence[Any], start: ModelPackage) -> None:
     """Refuse a chain before any of it is run."""
-    quantizers = {name for name, method in METHODS.items() if method.FAMILY == "quantize"}
+    quantizers = {name for name, method in METHODS.items() if method.QUANTIZES}
     quantized = any(structure.step.get("method") in quantizers for structure in start.manifest.history)
     frozen, way_out = "", ""
     if start.manifest.frozen:
@@ -140,14 +140,14 @@ def _check_chain(steps: Sequence[Any], start: ModelPackage) -> None:
         name, method = step.name or step.method, METHODS[step.method]
         if method.LEVEL == "module" and frozen:
             raise UnsupportedError(f"the step {name} changes a module, and {frozen}", hint=way_out)
-        if method.FAMILY == "quantize" and quantized:
+        if method.QUANTIZES and quantized:
             raise UnsupportedError(
                 f"the step {name} cannot be done: the model is already quantized",
                 hint="remove one of the two steps, or start from the package before the first",
             )
         if method.LEVEL == "graph" and not frozen:
             frozen, way_out = f"the step {name} before it leaves a graph", f"move it before {name}"
-        quantized = quantized or method.FAMILY == "quantize"
+        quantized = quantized or method.QUANTIZES
 
 
 def _check_stop(context: StageContext) -> None:

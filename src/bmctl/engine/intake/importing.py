@@ -21,8 +21,9 @@ from bmctl.engine.checkpoints import consolidate
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import appraise, measure
 from bmctl.engine.intake import statedict
+from bmctl.engine.loading import data as loading
 from bmctl.errors import DataError, PackageError, RecipeError, ResourceError, UsageError
-from bmctl.inputs import InputSpec, Resolved, image, specs
+from bmctl.inputs import InputSpec, Resolved, image
 from bmctl.models import ModelConfig, ModelSpec
 from bmctl.package import Manifest, ModelPackage, list_packages, open_package, save_package
 from bmctl.recipe import recipe_yaml
@@ -223,7 +224,7 @@ def _spec(config: ModelConfig, preprocess: InputSpec, *, num_classes: int) -> Mo
     spec = ModelSpec(
         name=config.name,
         args=models.spec_args(config),
-        given=specs(Resolved(preprocess)),
+        given=image.specs(preprocess),
         told={"num_classes": num_classes},
     )
     return models.resolve(spec)
@@ -241,10 +242,8 @@ def resolve_input(context: StageContext, config: ModelConfig, *, known: Publishe
         UsageError: There are no data, and the publisher says too little.
     """
     if context.recipe.data is not None:
-        from bmctl.engine.loading.data import resolve_input as of_data
-
         asked = config.model_copy(update={"pretrained": known.has_weights})
-        return of_data(context.data, model=asked).spec
+        return loading.resolve_input(context.data, model=asked).spec
     fields = known.of("image")
     missing = [name for name in ("size", "channels", "mean", "std") if name not in fields]
     if missing:
@@ -343,9 +342,7 @@ def check_data(
     recipe = context.recipe
     if recipe.data is None or preprocess is None:
         return class_names, {}
-    from bmctl.engine.loading.data import data_fingerprint, open_split
-
-    of_data = open_split(context.data, name="val", given=Resolved(preprocess)).facts.class_names
+    of_data = loading.open_split(context.data, name="val", given=Resolved(preprocess)).facts.class_names
     if len(of_data) != len(class_names):
         raise DataError(
             f"{source} tells {len(class_names)} classes apart; the recipe's data has {len(of_data)} "
@@ -353,4 +350,4 @@ def check_data(
             hint="to train a new head on it, set model.pretrained: true in the recipe and run: bmctl train",
         )
     task = recipe.task.model_dump(mode="json") if recipe.task is not None else None
-    return of_data, {"task": task, "data_fingerprint": data_fingerprint(context.data)}
+    return of_data, {"task": task, "data_fingerprint": loading.data_fingerprint(context.data)}

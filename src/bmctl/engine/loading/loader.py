@@ -14,14 +14,13 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader
 
+from bmctl.engine.batch import Batch
 from bmctl.engine.loading.desk import Batched, Desk, Steps, death, same, settle_in, starting
 from bmctl.engine.loading.handover import Form
 from bmctl.engine.loading.order import Plan
 from bmctl.engine.loading.split import Encoded
 from bmctl.errors import BmctlError, DataError
 
-Batch = dict[str, torch.Tensor]
-"""What the model takes, in its order, then the task's targets; rows are samples."""
 QUICK_MS = 2.0
 """A batch from memory that takes no longer is made where it is used: handing it over would cost as much."""
 MOST_WORKERS = 16

@@ -131,8 +131,8 @@ def specs(spec: Spec) -> tuple[TensorSpec, ...]:
     return (TensorSpec(name=FIELD, dtype="float32", shape=shape, meaning="normalised image, channels first"),)
 
 
-def told(spec: Spec) -> dict[str, Any]:
-    """Nothing: shapes say it all."""
+def told(given: Resolved) -> dict[str, Any]:
+    """Nothing: models read channels and size from `specs`."""
     return {}
 
 

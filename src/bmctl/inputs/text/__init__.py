@@ -93,9 +93,10 @@ def specs(spec: Spec) -> tuple[TensorSpec, ...]:
     )
 
 
-def told(spec: Spec) -> dict[str, int]:
-    """What a model has to know of its input beyond `specs`."""
-    return spec.model_dump(exclude={"kind"})
+def told(given: Resolved) -> dict[str, int]:
+    """``vocab_size``, ``max_tokens`` and ``pad_id``."""
+    told: dict[str, int] = given.spec.model_dump(exclude={"kind"})
+    return told
 
 
 def prepare(samples: Any, *, given: Resolved, folder: Path | None) -> Any:

@@ -71,6 +71,9 @@ class ResCNN(nn.Module):
         stochastic_depth: Of the last block's branch; a third and two thirds of it for the blocks before.
     """
 
+    MIN_SIZE = 8
+    """Pixels of height and width."""
+
     def __init__(
         self,
         *,
