@@ -22,7 +22,7 @@ from bmctl import __version__, store
 from bmctl.errors import PackageError, ResourceError
 from bmctl.inputs import InputSpec, Resolved
 from bmctl.models import ModelSpec
-from bmctl.schema import Many, Signature, Strict
+from bmctl.schema import Many, Signature, Span, Strict
 from bmctl.store import FileRecord
 from bmctl.weights import save_weights
 
@@ -57,10 +57,12 @@ class Manifest(Strict):
         model: How to build the module; None for a foreign graph.
         frozen: Carries graphs in place of weights.
         parts: Its graphs by name, made or to be made: one for a classifier.
+        axes: Sizes of a foreign graph's free axes but the batch, as they were found by trying it.
         input: How samples become what the parts take: the Spec of one of INPUTS; None where nobody knows.
         task: Its Config.
         facts: What the task knows of its data, such as the names of the classes.
         aliases: Tensors that share another one's memory (tied weights): their names, and the one that is stored.
+        axes: Sizes of a foreign graph's free axes but the batch, as they were found by trying it.
         history: Compression steps, oldest first.
         metrics: ``val`` {metric, value, low, high, baseline}, num_params, macs, size_bytes, latency_ms, ...
         files: Every other file of the package.
@@ -75,6 +77,7 @@ class Manifest(Strict):
     model: ModelSpec | None = None
     frozen: bool = False
     parts: dict[str, Signature] = Field(default_factory=dict)
+    axes: dict[str, Span] = Field(default_factory=dict)
     input: InputSpec | None = None
     task: dict[str, Any] | None = None
     facts: dict[str, Any] | None = None

@@ -128,11 +128,13 @@ class MeasureConfig(Strict):
 class ExportConfig(Strict):
     """Attributes:
     axes: Smallest, most common and largest size of each free axis of the graphs, by its name.
+    sample: An .npz with an array for each input of a foreign graph: parity and timing in place of noise.
     baseline: Export and measure the run's first package as well, so that gains are against something.
     """
 
     backends: Many[BackendConfig] = ()
     axes: dict[AxisName, Span] = Field(default_factory=dict, validate_default=True)
+    sample: str | None = None
     baseline: bool = True
     measure: MeasureConfig = MeasureConfig()
 

@@ -199,7 +199,7 @@ def _parent_graphs(work: Work, stack: ExitStack) -> tuple[dict[str, Runner], dic
     for name, part in parts_of(task_of(manifest.task), model, manifest.parts).items():
         files[name] = work.folder / f"{name}-parent.onnx"
         example = next(of_part(calls, name)).feed
-        axes = work.context.recipe.export.axes
+        axes = feeds.axes_of(work.context, manifest, part.signature)
         for text in export_onnx(part.module, signature=part.signature, example=example, out=files[name], axes=axes):
             work.note(text)
     return runners, files

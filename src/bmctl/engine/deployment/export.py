@@ -25,7 +25,7 @@ from bmctl.engine.artifacts.deployed import (
 from bmctl.engine.artifacts.recording import Call, cut
 from bmctl.engine.context import StageContext
 from bmctl.engine.deployment.reference import Reference, make_reference
-from bmctl.engine.evaluation import measure
+from bmctl.engine.evaluation import feeds, measure
 from bmctl.errors import GateError, ResourceError, UsageError
 from bmctl.package import ModelPackage, write_files
 from bmctl.processes.signals import interrupted
@@ -99,14 +99,17 @@ def _finished(context: StageContext, package: ModelPackage, config: Any, target:
 def _deploy(
     context: StageContext, package: ModelPackage, reference: Reference, *, config: Any, target: Path
 ) -> Deployed:
-    module, axes, manifest = BACKENDS[config.name], context.recipe.export.axes, package.manifest
+    module, manifest = BACKENDS[config.name], package.manifest
     context.emit({"event": "note", "stage": STAGE, "text": f"building {target}"})
     with store.publishing(target, overwrite=context.overwrite or _is_unproven(target)) as folder:
         reason = module.unavailable(config)
         parts: dict[str, DeployedPart] = {}
         for name, graph in reference.graphs.items():
             artifact, signature = folder / f"{name}{module.SUFFIX}", manifest.parts[name]
+            axes = feeds.axes_of(context, manifest, signature)
             meta = module.build(graph, config=config, signature=signature, axes=axes, out=artifact)
+            for text in meta.get("mended", ()):
+                context.emit({"event": "note", "stage": STAGE, "text": f"{config.name}: {text}"})
             one = DeployedPart(
                 artifact=artifact.name,
                 signature=signature,
@@ -123,7 +126,7 @@ def _deploy(
             config=config.model_dump(mode="json"),
             package=package.hash,
             parts=parts,
-            axes=axes,
+            axes=context.recipe.export.axes,
             input=manifest.input,
             task=manifest.task,
             facts=manifest.facts,

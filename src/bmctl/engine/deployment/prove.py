@@ -47,7 +47,7 @@ def _time(context: StageContext, original: ModelPackage, runnable: Sequence[Depl
         if not opened:
             return
         size = _batch_size(next(iter(opened.values())), asked=config.batch_size)
-        calls = feeds.validation_calls(context, original, next(iter(opened.values())), num_samples=size)
+        calls = feeds.timing_calls(context, original, next(iter(opened.values())), num_samples=size)
         latencies = measure.latency({n: _replay(runners, calls) for n, runners in opened.items()}, rounds=config.rounds)
     hashes = {str(one.path.relative_to(context.run / "deploy")): one.hash for one in runnable}
     found = Measurements(

@@ -60,7 +60,7 @@ def make_reference(context: StageContext, package: ModelPackage, folder: Path) -
     for name, part in parts_of(task_of(package.manifest.task), model, package.manifest.parts).items():
         graphs[name] = folder / f"{name}.onnx"
         example = next(of_part(calls, name)).feed
-        axes = context.recipe.export.axes
+        axes = feeds.axes_of(context, package.manifest, part.signature)
         try:
             said = export_onnx(part.module, signature=part.signature, example=example, out=graphs[name], axes=axes)
         except GateError:
@@ -90,6 +90,7 @@ def _precisions(graphs: Mapping[str, Path]) -> dict[str, onnxgraph.Precision]:
 
 def _calls(context: StageContext, package: ModelPackage, runners: Mapping[str, Runner]) -> list[Call]:
     if not feeds.has_samples(context, package):
-        text = "no data: parity is checked on noise of the inputs' shapes"
+        what = context.recipe.export.sample or "noise made from the signature: there are no data"
+        text = f"parity is checked on {what}"
         context.emit({"event": "note", "stage": "export", "text": text})
     return feeds.validation_calls(context, package, runners, num_samples=NUM_COMPARED)

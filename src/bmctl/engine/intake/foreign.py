@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from bmctl.core import onnxfile, onnxgraph
+from bmctl.engine.artifacts.samples import read_sample
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import appraise, measure
-from bmctl.engine.intake.importing import STAGE, check_data, numbered, publish
+from bmctl.engine.intake.publishing import STAGE, check_data, numbered, publish
+from bmctl.engine.intake.trial import Settled, settle
 from bmctl.errors import DataError
 from bmctl.inputs import InputSpec
 from bmctl.package import Manifest, ModelPackage
-from bmctl.schema import TensorSpec
+from bmctl.schema import BATCH, TensorSpec
 
 
 def import_graph(context: StageContext, path: Path, *, key: str, target: Path) -> ModelPackage:
@@ -30,11 +32,13 @@ def import_graph(context: StageContext, path: Path, *, key: str, target: Path) -
         DataError: It does not fit the recipe's data.
     """
     onnxfile.check_onnx(path)
-    signature = onnxgraph.read_signature(path)
-    inputs, outputs = signature.inputs, signature.outputs
+    settled = _settled(context, path)
+    inputs, outputs = settled.signature.inputs, settled.signature.outputs
     preprocess = _preprocess(context, inputs, outputs, path=path)
+    if _last(outputs):
+        outputs = tuple(spec.model_copy(update={"role": "scores"}) for spec in outputs)
     class_names, recorded = check_data(context, numbered(_last(outputs)), preprocess=preprocess, source=str(path))
-    notes = [f"imported from {path}", *_notes(inputs)]
+    notes = [f"imported from {path}", *_notes(inputs), *settled.notes]
     if preprocess is None:
         notes.append("no task and no data: only parity, latency and size are measured")
     metrics: dict[str, Any] = {
@@ -51,6 +55,7 @@ def import_graph(context: StageContext, path: Path, *, key: str, target: Path) -
         key=key,
         inputs=inputs,
         outputs=outputs,
+        axes=settled.axes,
         preprocess=preprocess,
         class_names=class_names,
         metrics=metrics,
@@ -60,14 +65,25 @@ def import_graph(context: StageContext, path: Path, *, key: str, target: Path) -
     return publish(context, manifest, evaluation, target=target, graph=path, graph_data=onnxgraph.data_files(path))
 
 
+def _settled(context: StageContext, path: Path) -> Settled:
+    """What the file says of its axes where the recipe has data that it must fit, else what was found by trying them."""
+    if context.recipe.data is not None:
+        return Settled(onnxgraph.read_signature(path), {}, "small")
+    asked = context.recipe.export
+    sample = read_sample(Path(asked.sample), signature=onnxgraph.read_signature(path)) if asked.sample else None
+    return settle(path, axes=asked.axes, sample=sample)
+
+
 def _notes(inputs: tuple[TensorSpec, ...]) -> list[str]:
+    if any(BATCH in spec.shape for spec in inputs):
+        return ["the graph's batch is free"]
     fixed = [f"{spec.name}: {spec.shape[0]}" for spec in inputs if spec.shape and isinstance(spec.shape[0], int)]
-    return [f"the graph's batch is fixed ({', '.join(fixed)})"] if fixed else ["the graph's batch is free"]
+    return [f"the graph's batch is fixed ({', '.join(fixed)})"] if fixed else []
 
 
 def _last(outputs: tuple[TensorSpec, ...]) -> int:
     """The number of classes where the graph gives one row of scores per sample, else 0."""
-    shape = outputs[0].shape if len(outputs) == 1 else ()
+    shape = outputs[0].shape if len(outputs) == 1 and outputs[0].dtype.startswith("float") else ()
     return shape[1] if len(shape) == 2 and isinstance(shape[1], int) else 0
 
 

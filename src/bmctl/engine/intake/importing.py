@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from bmctl.package import Manifest, ModelPackage, list_packages, open_package, s
 from bmctl.recipe import recipe_yaml
 from bmctl.schema import BATCH, TensorSpec
 
-STAGE = "import"
 PUBLISHED = re.compile(r"(timm|torchvision|transformers|bmctl):.+")
 
 
@@ -88,8 +87,6 @@ def import_stage(
     if done is not None:
         return done
     if config is None:
-        from bmctl.engine.intake.foreign import import_graph
-
         return import_graph(context, path, key=key, target=target)
     found = _published(context, config) if published else _state_dict(context, config, path=path, match=match)
     return _publish(context, found, source=source, key=key, target=target)
