@@ -112,7 +112,7 @@ FREE = {"errors", "schema", "fit", ""}
 # What the parent process must not load before a command has been parsed and its work is known.
 HEAVY = {
     "torch", "torchvision", "timm", "transformers", "numpy", "PIL", "onnx", "onnxruntime", "onnxscript", "openvino",
-    "nncf", "safetensors", "tensorrt", "tensorrt_rtx", "torch_pruning", "sklearn", "tensorboard",
+    "nncf", "safetensors", "tokenizers", "tensorrt", "tensorrt_rtx", "torch_pruning", "sklearn", "tensorboard",
 }  # fmt: skip
 
 

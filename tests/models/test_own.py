@@ -74,9 +74,8 @@ def test_one_hidden_layer_may_be_one_number() -> None:
 
 
 def test_images_that_nothing_would_be_left_of_are_refused() -> None:
-    fields = {"name": "bmctl:rescnn", "num_classes": 10, "channels": 1, "size": (7, 28)}
     with pytest.raises(RecipeError, match="at least 8x8 pixels"):
-        models.build(ModelSpec.model_validate(fields))
+        models.build(image_spec("bmctl:rescnn", size=(7, 28)))
 
 
 @pytest.mark.parametrize("name", ["rescnn", "mlp"])

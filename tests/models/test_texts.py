@@ -1,4 +1,4 @@
-"""Classifiers of texts: our own encoder, and those of transformers by architecture and by folder. Nothing is fetched."""
+"""Classifiers of texts: our own encoder, and those of transformers by name and by folder. Nothing is fetched."""
 
 from __future__ import annotations
 
@@ -143,8 +143,8 @@ def test_texts_longer_than_the_model_are_refused_before_they_come() -> None:
     args = {**TINY_BERT, "max_position_embeddings": 12}
     with pytest.raises(RecipeError, match=r"data\.input\.max_tokens: 16, but .* takes at most 12"):
         models.build(text_spec("transformers:bert", args=args))
-    with pytest.raises(RecipeError, match="cannot be built"):  # its positions begin at 2
-        models.build(text_spec("transformers:roberta", args={**args, "max_position_embeddings": 17}))
+    with pytest.raises(RecipeError, match="cannot be built"):  # positions begin behind the padding
+        models.build(text_spec("transformers:roberta", args={**args, "max_position_embeddings": 16}))
 
 
 # -- a folder ---------------------------------------------------------------------------------------
@@ -168,7 +168,8 @@ def test_a_folder_brings_configuration_weights_and_tokenizer(tmp_path: Path) -> 
     model = publish(tmp_path / "m")
     name = f"transformers:{tmp_path / 'm'}"
     known = models.published(ModelConfig(name=name, pretrained=True))
-    assert known.of("text") == {"max_tokens": 20, "files": {"tokenizer.json": str(tmp_path / "m" / "tokenizer.json")}}
+    files = {"tokenizer.json": str(tmp_path / "m" / "tokenizer.json")}
+    assert known.of("text") == {"max_tokens": 20, "vocab_size": 50, "pad_id": 0, "files": files}
     assert known.of("image") == {}
     assert (known.num_classes, known.class_names) == (5, tuple(f"kind {index}" for index in range(5)))
     spec = models.resolve(text_spec(name, num_classes=5))

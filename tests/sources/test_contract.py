@@ -24,7 +24,10 @@ def configs(tmp_path: Path, save_images: SaveImages) -> dict[str, Strict]:
     for prefix in ("train", "t10k"):
         write(tmp_path / f"{prefix}-images-idx3-ubyte", np.random.default_rng(0).integers(0, 256, (30, 5, 5), np.uint8))
         write(tmp_path / f"{prefix}-labels-idx1-ubyte", np.arange(30, dtype=np.uint8) % 3)
+    texts = [f"the {index}th text\t{'ab'[index % 2]}" for index in range(40)]
+    (tmp_path / "texts.tsv").write_text("\n".join(["text\tlabel", *texts]))
     fields = {
+        "table": {"path": str(tmp_path / "texts.tsv")},
         "folder": {"root": str(tmp_path / "data")},
         "csv": {"path": str(tmp_path / "list.csv")},
         "idx": {"root": str(tmp_path)},
@@ -46,16 +49,20 @@ def test_samples_are_the_same_every_time_and_fit_together(configs: dict[str, Str
         assert len(samples) > 0
         last = len(samples) - 1
         records = samples.read([last, 0, last])
-        assert list(records) == list(samples.columns) == ["picture", "label"]
+        what = "text" if kind == "table" else "picture"
+        assert list(records) == list(samples.columns) == [what, "label"]
         labels = samples.read(range(len(samples)), only=("label",))
         assert list(labels) == ["label"]
         assert labels["label"].dtype == np.int64
         assert set(labels["label"]) <= set(range(len(samples.columns["label"].names)))
         assert labels["label"][[last, 0, last]].tolist() == records["label"].tolist()
-        images = [np.asarray(image) for image in records["picture"]]
-        assert all(image.dtype == np.uint8 and image.ndim in (2, 3) for image in images)
-        assert np.array_equal(images[0], images[2])
-        assert np.array_equal(images[0], samples.read([last])["picture"][0])
+        values = [np.asarray(value) for value in records[what]]
+        if what == "picture":
+            assert all(image.dtype == np.uint8 and image.ndim in (2, 3) for image in values)
+        else:
+            assert all(isinstance(text, str) for text in records[what])
+        assert np.array_equal(values[0], values[2])
+        assert np.array_equal(values[0], samples.read([last])[what][0])
         seen.add(samples.fingerprint)
     assert len(seen) == 3
 
@@ -67,7 +74,8 @@ def test_reading_step_by_step_gives_what_reading_gives(configs: dict[str, Strict
     for step, found in zip(steps, samples.read_each(steps), strict=True):
         expected = samples.read(step)
         assert found["label"].tolist() == expected["label"].tolist()
-        pairs = zip(found["picture"], expected["picture"], strict=True)
+        what = next(iter(samples.columns))
+        pairs = zip(found[what], expected[what], strict=True)
         assert all(np.array_equal(np.asarray(one), np.asarray(other)) for one, other in pairs)
 
 

@@ -33,11 +33,15 @@ class PublishedText(Strict):
 
     Attributes:
         max_tokens: Most tokens of one text that the model takes.
+        vocab_size: Number of token ids that published weights know.
+        pad_id: The token that fills shorter texts up.
         files: Where the files of its tokenizer lie on this machine, by name: ``tokenizer.json``.
     """
 
     kind: Literal["text"] = "text"
     max_tokens: Count | None = None
+    vocab_size: Count | None = None
+    pad_id: Annotated[int, Field(ge=0)] | None = None
     files: dict[str, str] = Field(default_factory=dict)
 
 

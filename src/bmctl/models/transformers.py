@@ -247,7 +247,13 @@ def _text(name: str, raw: dict[str, Any]) -> PublishedText:
     settings = repositories.fetch_json(name, "tokenizer_config.json", default={})
     limits = (raw.get("max_position_embeddings"), settings.get("model_max_length"))
     longest = min((each for each in limits if isinstance(each, int) and 0 < each < _ENDLESS), default=None)
-    return PublishedText(max_tokens=longest, files={TOKENIZER: str(path)} if path else {})
+    pad_id = raw.get("pad_token_id")
+    return PublishedText(
+        max_tokens=longest,
+        vocab_size=raw.get("vocab_size"),
+        pad_id=pad_id if isinstance(pad_id, int) and pad_id >= 0 else None,
+        files={TOKENIZER: str(path)} if path else {},
+    )
 
 
 def _known(kind: Kind) -> frozenset[str]:

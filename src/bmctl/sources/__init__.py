@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from bmctl.core.columns import Column
 from bmctl.schema import Strict
-from bmctl.sources import bundled, csv, digits, folder, idx, stream, webdataset
+from bmctl.sources import bundled, csv, digits, folder, idx, stream, table, webdataset
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,5 +94,6 @@ SOURCES: Mapping[str, ModuleType] = MappingProxyType(
         "csv": csv,
         "webdataset": webdataset,
         "stream": stream,
+        "table": table,
     }
 )

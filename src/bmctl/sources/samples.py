@@ -256,6 +256,7 @@ def pick(
     config: Carving,
     class_names: Sequence[str],
     base: Path,
+    what: str = "images",
 ) -> np.ndarray:
     """int64 [n]: which samples are of one split, ascending; one that none names is carved from train by ratio.
 
@@ -267,6 +268,7 @@ def pick(
         config: Ratios and seed for what has to be carved.
         class_names: In the order of the labels.
         base: Where the data is, for messages.
+        what: What the samples are, for messages.
 
     Raises:
         DataError: A class without training samples.
@@ -284,8 +286,8 @@ def pick(
     absent = sorted(set(range(len(class_names))) - set(labels[train].tolist()))
     if absent:
         raise DataError(
-            f"{base}: no training images of the class {class_names[absent[0]]!r}",
-            hint="every class needs at least 3 images, of which one trains, one validates, one tests",
+            f"{base}: no training {what} of the class {class_names[absent[0]]!r}",
+            hint=f"every class needs at least 3 {what}, of which one trains, one validates, one tests",
         )
     return picked
 

@@ -227,8 +227,11 @@ def test_a_size_that_the_model_does_not_take_is_named(tmp_path: Path) -> None:
     "name", ["torchvision:resnet18", "timm:vit_tiny_patch16_224", "torchvision:mobilenet_v3_small"]
 )
 def test_published_models_export(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from tests.specs import image_spec
 
-    model = build(ModelSpec(name=name, num_classes=10, channels=3, size=(224, 224)))
+    from bmctl.models import build
+
+    model = build(image_spec(name, channels=3, size=(224, 224)))
     export(model, torch.randn(2, 3, 224, 224), tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx").stat().st_size > 10**6
     assert capfd.readouterr() == ("", "")
