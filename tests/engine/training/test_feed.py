@@ -29,7 +29,7 @@ class Replay:
     def __init__(self, *, seed: int, rank: int, num: int, num_steps: int) -> None:
         self.seed, self.rank, self.num, self.num_steps = seed, rank, num, num_steps
         self.ring, self.filled = torch.zeros(NUM_KEPT, 1, 28, 28), torch.zeros(NUM_KEPT, dtype=torch.bool)
-        self.num_drawn, self.num_done = torch.tensor(0), torch.tensor(0)
+        self.num_drawn, self.num_done, self.best = torch.tensor(0), torch.tensor(0), torch.tensor(-torch.inf)
 
     def batches(self, *, epoch: int, start_step: int) -> Iterator[dict[str, torch.Tensor]]:
         for _ in range(start_step, self.num_steps):
@@ -45,7 +45,8 @@ class Replay:
         self.num_done.fill_(step)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {"ring": self.ring, "filled": self.filled, "num_drawn": self.num_drawn, "num_done": self.num_done}
+        owned = ("ring", "filled", "num_drawn", "num_done", "best")
+        return {name: getattr(self, name) for name in owned}
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, mine in self.tensors().items():
