@@ -75,7 +75,7 @@ def check_feed(
             if isinstance(axis, str) and sizes.setdefault(axis, (got, spec.name))[0] != got:
                 known, where = sizes[axis]
                 raise DataError(f"the axis {axis!r} is {known} in {where!r} and {got} in {spec.name!r}")
-        checked[spec.name] = np.ascontiguousarray(array)
+        checked[spec.name] = np.asarray(array, order="C")  # ascontiguousarray gives rank 0 an axis
     for axis, (got, _) in sizes.items():
         _check_size(axis, got, (bounds or {}).get(axis))
     for spec in inputs:
