@@ -127,7 +127,7 @@ def _add_profile(
         if missing:
             raise UnsupportedError(
                 f"input {tensor.name!r} is {shown(spec)}, and nobody says which sizes {missing[0]!r} will have",
-                hint=f"--set export.axes.{missing[0]}='{{min: 1, opt: 32, max: 128}}'",
+                hint=f"--axis {missing[0]}=1:32:128",
             )
         wanted = [[_size(axes, axis, which) for axis in spec.shape] for which in ("min", "opt", "max")]
         shapes[tensor.name] = wanted
