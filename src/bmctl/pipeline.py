@@ -18,7 +18,7 @@ from bmctl.recipe import InferConfig, describe
 from bmctl.report import gates
 from bmctl.report.rows import ORIGINAL
 from bmctl.schema import resolve_env
-from bmctl.session import Options, Session, Target, clear, find_target, import_target, opened, stage
+from bmctl.session import Options, Session, Target, clear, find_target, graph_overrides, import_target, opened, stage
 from bmctl.tasks import TASKS
 
 STAGES = ("train", "compress", "export", "infer")
@@ -89,15 +89,25 @@ def compress(options: Options, *, source: str | None, verb: str | None = None, m
         return _finish(session)
 
 
-def export(options: Options, *, source: str | None, backends: Sequence[str], flag: str | None = None) -> int:
+def export(
+    options: Options,
+    *,
+    source: str | None,
+    backends: Sequence[str],
+    flag: str | None = None,
+    axes: Sequence[str] = (),
+    sample: str | None = None,
+) -> int:
     """Build, prove, measure and gate the newest package's artifacts, beside those of the uncompressed model.
 
     Args:
         backends: Names of backends in place of the recipe's.
         flag: Of backends.choose: that one as well.
+        axes: Sizes of free axes, such as ``width=32:320:640``.
+        sample: An .npz that a foreign graph is compared and timed on.
     """
     chosen = [f"export.backends=[{', '.join(backends)}]"] if backends else []
-    target = find_target(options, source, extra=chosen)
+    target = find_target(options, source, extra=[*chosen, *graph_overrides(axes, sample=sample)])
     if options.dry_run:
         return _plan(options, target, stages=STAGES[:3] if options.recipe else ("export",))
     with opened(options, target) as session:
@@ -136,11 +146,21 @@ def infer(
     return 0
 
 
-def import_model(options: Options, *, source: str, model: str | None, match: str) -> int:
+def import_model(
+    options: Options,
+    *,
+    source: str,
+    model: str | None,
+    match: str,
+    axes: Sequence[str] = (),
+    sample: str | None = None,
+) -> int:
     """Package a pretrained model, a state dict, an ONNX file or a checkpoint as the first package of a run."""
     if match not in ("name", "position"):
         raise UsageError(f"--match {match}: no such way", hint="name or position")
-    target = import_target(_with_own_recipe(options, source), name=model or source)
+    options = _with_own_recipe(options, source)
+    overrides = [*(options.overrides or ()), *graph_overrides(axes, sample=sample)]
+    target = import_target(options, name=model or source, overrides=overrides)
     if options.dry_run:
         return _say(options, {"import": source, "into": str(target.run)})
     with opened(options, target) as session:
