@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from bmctl.backends import tensorrt, tensorrt_rtx
 from bmctl.cli import main
+from bmctl.engine.deployment import export as engine_export
+from bmctl.engine.deployment import prove as engine_prove
 
 RECIPE = """
 name: tiny
@@ -61,6 +65,28 @@ def files(folder: Path) -> dict[str, int]:
 
 def document(capsys: pytest.CaptureFixture[str]) -> dict:
     return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("is_here", "named"), [(True, "tensorrt_rtx"), (True, "onnxruntime"), (False, "tensorrt_rtx")])
+def test_the_flag_takes_tensorrt_where_it_runs_whatever_the_recipe_names(
+    is_here: bool, named: str, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[set[str]] = []
+    monkeypatch.setattr(tensorrt, "unavailable", lambda config: "" if is_here else "no TensorRT")
+    monkeypatch.setattr(tensorrt_rtx, "unavailable", lambda config: "no GPU")
+    monkeypatch.setattr(
+        engine_export, "export_package", lambda *_, backends, **__: asked.append({one.name for one in backends}) or []
+    )
+    monkeypatch.setattr(engine_prove, "prove", lambda *_, **__: None)
+    run = Path(shutil.copytree(here / "runs" / "tiny", tmp_path / "tiny"))
+    assert main(["export", str(run), "--tensorrt", "--backend", named, "-q"]) == 0
+    assert asked[-1] == ({named, "tensorrt"} if is_here else {named, "tensorrt_rtx"})
+    notes = [json.loads(line).get("text", "") for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (note,) = [text for text in notes[-10:] if text.startswith("--tensorrt takes ")]
+    if is_here:
+        assert note == "--tensorrt takes tensorrt: it is installed, and runs here"
+    else:
+        assert note.startswith("--tensorrt takes tensorrt_rtx, which the recipe names as well: no TensorRT; no GPU; ")
 
 
 def test_three_lines_are_a_whole_script(here: Path) -> None:

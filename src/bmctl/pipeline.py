@@ -10,10 +10,10 @@ from typing import Literal, cast
 
 from bmctl import package, store
 from bmctl import report as reports
-from bmctl.backends import BACKENDS
+from bmctl.backends import BACKENDS, choose
 from bmctl.errors import BmctlError, GateError, PackageError, RecipeError, UsageError
 from bmctl.launch import Job, launch
-from bmctl.methods import METHODS
+from bmctl.methods import METHODS, of_verb
 from bmctl.recipe import InferConfig, describe
 from bmctl.report import gates
 from bmctl.report.rows import ORIGINAL
@@ -23,8 +23,6 @@ from bmctl.session import Options, Session, Target, clear, find_target, import_t
 STAGES = ("train", "compress", "export", "infer")
 SHOWN = 12
 """Predictions that `run` prints; all of them are in the run."""
-FAMILIES = {"prune": {"prune"}, "quantize": {"quantize", "cast"}, "lowrank": {"lowrank"}}
-DEFAULT_METHOD = {"prune": "structured", "quantize": "ptq", "lowrank": "svd"}
 
 
 # -- commands ---------------------------------------------------------------------------------------
@@ -75,9 +73,10 @@ def train(options: Options, *, source: str | None = None, nproc: int | None = No
 
 def compress(options: Options, *, source: str | None, verb: str | None = None, method: str | None = None) -> int:
     """The recipe's steps; with a verb such as prune those up to its last one, or the one step that `method` names."""
-    _check_method(verb, method)
+    if verb and method and method not in (known := of_verb(verb)):
+        raise UsageError(f"--method {method}: not a method of {verb}", hint=f"one of {', '.join(known)}")
     # `--set` addresses the one step that the command line names, else the recipe that holds the steps.
-    one_step = method or (DEFAULT_METHOD[verb] if verb and source and not options.recipe else None)
+    one_step = method or (of_verb(verb)[0] if verb and source and not options.recipe else None)
     target = find_target(options, source, step=one_step)
     if verb and not one_step:
         target = _up_to(target, verb)
@@ -89,8 +88,13 @@ def compress(options: Options, *, source: str | None, verb: str | None = None, m
         return _finish(session)
 
 
-def export(options: Options, *, source: str | None, backends: Sequence[str], tensorrt: bool) -> int:
-    """Build, prove, measure and gate the newest package's artifacts, beside those of the uncompressed model."""
+def export(options: Options, *, source: str | None, backends: Sequence[str], flag: str | None = None) -> int:
+    """Build, prove, measure and gate the newest package's artifacts, beside those of the uncompressed model.
+
+    Args:
+        backends: Names of backends in place of the recipe's.
+        flag: Of backends.choose: that one as well.
+    """
     chosen = [f"export.backends=[{', '.join(backends)}]"] if backends else []
     target = find_target(options, source, extra=chosen)
     if options.dry_run:
@@ -98,18 +102,12 @@ def export(options: Options, *, source: str | None, backends: Sequence[str], ten
     with opened(options, target) as session:
         if _start(session, target) is None and options.recipe:
             _compress(session, start=_first_package(session))
-        _export(session, tensorrt=tensorrt)
+        _export(session, flag=flag)
         return _finish(session)
 
 
 def infer(
-    options: Options,
-    *,
-    data: str | None,
-    model: str | None,
-    backend: str | None,
-    form: str,
-    to: str | None,
+    options: Options, *, data: str | None, model: str | None, backend: str | None, form: str, to: str | None
 ) -> int:
     """Predict with a run, a package, an .onnx or an engine."""
     if form not in ("jsonl", "csv"):
@@ -127,9 +125,9 @@ def infer(
         return _say(options, {"model": str(source), "data": data, "backend": backend})
     with options.console() as console:
         found = engine.predict(source, data, backend=backend, batch_size=section.batch_size, emit=console.emit)
-        lines = engine.to_csv(found) if form == "csv" else engine.to_jsonl(found)
+        lines = engine.to_csv(found, columns=found.columns) if form == "csv" else engine.to_jsonl(found)
         if options.as_json:
-            console.data(json.dumps([json.loads(line) for line in engine.to_jsonl(found)], indent=2))
+            console.data(json.dumps(list(found), indent=2))
         elif to:
             store.write_atomic(Path(to), "".join(line + "\n" for line in lines).encode())
         else:
@@ -243,17 +241,18 @@ def _compress(session: Session, *, start: package.ModelPackage) -> None:
         run_steps(context, start=start)
 
 
-def _export(session: Session, *, tensorrt: bool = False) -> None:
+def _export(session: Session, *, flag: str | None = None) -> None:
     """Artifacts of the newest package, and of the first where the recipe wants the comparison."""
-    from bmctl.engine.deployment.export import choose_tensorrt, export_package
+    from bmctl.engine.deployment.export import export_package
     from bmctl.engine.deployment.prove import prove
 
     recipe, run = session.recipe, session.run
     backends = list(recipe.export.backends)
-    if tensorrt and not any(backend.name.startswith("tensorrt") for backend in backends):
-        name, why = choose_tensorrt()
-        session.note(f"--tensorrt: {name}, because {why}")
-        backends.append(BACKENDS[name].Config())
+    if flag:
+        config, why = choose(flag, given=backends)
+        is_named = config in backends
+        session.note(f"--{flag} takes {config.name}{', which the recipe names as well' if is_named else ''}: {why}")
+        backends += [] if is_named else [config]
     if not backends:
         raise RecipeError(f"recipe {recipe.name!r} names no backend to export to", hint="--backend onnxruntime")
     packages = package.list_packages(run)
@@ -284,7 +283,7 @@ def _infer(session: Session) -> None:
     path = session.run / "predictions.jsonl"
     store.write_atomic(path, "".join(line + "\n" for line in engine.to_jsonl(predictions)).encode())
     for one in predictions[:SHOWN]:
-        session.console.line(f"{one.input}: {one.class_name} {one.score:.1%}", stage="infer")
+        session.console.line(f"{one['input']}: {found.words(one)}", stage="infer")
     session.note(f"{len(predictions)} predictions are in {path}")
 
 
@@ -307,22 +306,13 @@ def _finish(session: Session) -> int:
     return 0
 
 
-def _check_method(verb: str | None, method: str | None) -> None:
-    if verb is None or method is None:
-        return
-    known = [name for name, module in METHODS.items() if module.FAMILY in FAMILIES[verb]]
-    if method not in known:
-        raise UsageError(f"--method {method}: not a method of {verb}", hint=f"one of {', '.join(known)}")
-
-
 def _up_to(target: Target, verb: str) -> Target:
     """The recipe's steps up to its last one of `verb`: what `bmctl prune -r RECIPE` has to do."""
     steps = target.recipe.compress
-    last = max((i for i, step in enumerate(steps) if METHODS[step.method].FAMILY in FAMILIES[verb]), default=None)
+    last = max((i for i, step in enumerate(steps) if METHODS[step.method].VERB == verb), default=None)
     if last is None:
-        raise RecipeError(
-            f"recipe {target.recipe.name!r} has no {verb} step", hint=f"name one: --method {DEFAULT_METHOD[verb]}"
-        )
+        default = of_verb(verb)[0]
+        raise RecipeError(f"recipe {target.recipe.name!r} has no {verb} step", hint=f"name one: --method {default}")
     return replace(target, recipe=target.recipe.model_copy(update={"compress": steps[: last + 1]}))
 
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 SUFFIX = ".onnx"
+PROFILED = False
+FLAG = ""
+ANYWHERE = ""
 
 ERRORS = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile", "RuntimeException")
 

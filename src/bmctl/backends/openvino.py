@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 SUFFIX = ".onnx"
+PROFILED = False
+FLAG = ""
+ANYWHERE = ""
 
 
 class Config(Strict):

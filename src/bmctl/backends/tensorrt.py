@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from bmctl.backends.trt_runner import EngineRunner
 
 SUFFIX = ".engine"
+PROFILED = True
+FLAG = "tensorrt"
+ANYWHERE = ""
 
 
 class Config(Strict):

@@ -26,16 +26,17 @@ def read_signature(path: Path) -> Signature:
     """Inputs and outputs of a checked file, with its own names of free axes where it has some.
 
     An axis without a name is `batch` where it is the first of an input or output, else it is called by its tensor and
-    number, such as ``image.2``. The file's own name of the first axis of its first free input becomes `batch`.
+    number, such as ``image.2``. The file's own name of the first axis of its first free input becomes `batch`. What a
+    file says is not always so: engine.intake.trial tries it.
 
     Raises:
-        UnsupportedError: An input or output that is no tensor, or of no known rank.
+        UnsupportedError: An input or output that is no tensor, of no known rank, or of a type that NumPy has not.
     """
     model = onnx.load(path, load_external_data=False)
     if any(not value.type.tensor_type.HasField("shape") for value in model.graph.output):
         model = onnx.shape_inference.infer_shapes(model)
-    fed = [_spec(path, value) for value in inputs(model)]
-    given = [_spec(path, value) for value in model.graph.output]
+    fed = [_spec(path, value, what="input") for value in inputs(model)]
+    given = [_spec(path, value, what="output") for value in model.graph.output]
     named = {axis for spec in fed for axis in spec.shape if isinstance(axis, str)}
     first = next((spec.shape[0] for spec in fed if spec.shape and isinstance(spec.shape[0], str)), BATCH)
     if BATCH in named or not _means_batch(str(first)):
@@ -135,14 +136,37 @@ def entries(tensor: TensorProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in tensor.external_data}
 
 
-def _spec(path: Path, value: onnx.ValueInfoProto) -> TensorSpec:
+KINDS = {
+    "sequence_type": "a sequence",
+    "map_type": "a map",
+    "optional_type": "optional",
+    "sparse_tensor_type": "sparse",
+}
+NUMPY = {
+    TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BOOL,
+    TensorProto.INT8, TensorProto.INT16, TensorProto.INT32, TensorProto.INT64,
+    TensorProto.UINT8, TensorProto.UINT16, TensorProto.UINT32, TensorProto.UINT64,
+}  # fmt: skip
+"""What inputs and outputs may be: NumPy has it of its own."""
+WAY_OUT = "cut the graph before or after it: onnx.utils.extract_model(IN, OUT, input_names, output_names)"
+
+
+def _spec(path: Path, value: onnx.ValueInfoProto, *, what: str) -> TensorSpec:
     kind = value.type.tensor_type
-    if not value.type.HasField("tensor_type") or not kind.HasField("shape"):
-        raise UnsupportedError(f"{path}: {value.name!r} is not a tensor of known rank")
-    try:
-        dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type).name
-    except KeyError as error:
-        raise UnsupportedError(f"{path}: {value.name!r} has the unknown type {kind.elem_type}") from error
+    where = f"{path}: the {what} {value.name!r}"
+    if not value.type.HasField("tensor_type"):
+        named = KINDS.get(value.type.WhichOneof("value") or "", "of no known type")
+        raise UnsupportedError(f"{where} is {named}; only tensors are taken", hint=WAY_OUT)
+    if kind.elem_type == TensorProto.STRING:
+        raise UnsupportedError(f"{where} holds strings; only numbers and booleans are taken", hint=WAY_OUT)
+    if not kind.HasField("shape"):
+        raise UnsupportedError(f"{where} is not a tensor of known rank", hint="export the model with a shape for it")
+    if kind.elem_type not in NUMPY:
+        known = dict(zip(TensorProto.DataType.values(), TensorProto.DataType.keys(), strict=True))
+        name = known.get(kind.elem_type, f"type {kind.elem_type}").lower()
+        hint = f"export it with a float32 {what}, and a cast where the graph needs {name}"
+        raise UnsupportedError(f"{where} is {name}, which NumPy arrays cannot hold", hint=hint)
+    dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type).name
     sizes = [dim.dim_value if dim.HasField("dim_value") else 0 for dim in kind.shape.dim]
     names = [dim.dim_param or (f"{value.name}.{i}" if i else BATCH) for i, dim in enumerate(kind.shape.dim)]
     shape = tuple(size if size > 0 else name for size, name in zip(sizes, names, strict=True))

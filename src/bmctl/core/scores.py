@@ -31,7 +31,7 @@ class Key(Strict):
         data: The data's fingerprint.
         limit: Samples of the split that the recipe allows; None is all.
         task: The task's config.
-        preprocess: From image to input.
+        input: From sample to input.
     """
 
     artifact: str
@@ -40,7 +40,7 @@ class Key(Strict):
     split: str
     limit: Count | None
     task: dict[str, Any]
-    preprocess: dict[str, Any]
+    input: dict[str, Any]
 
     @property
     def samples(self) -> tuple[str, str, int | None, str]:

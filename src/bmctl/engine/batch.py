@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bmctl.core.calling import is_channels_last, named
 from bmctl.schema import BATCH, TensorSpec
 
 Batch = dict[str, torch.Tensor]
@@ -29,20 +30,9 @@ def call(
             or keys of a dict, such as the outputs of transformers.
 
     Raises:
-        ValueError: It gives something else.
+        UnsupportedError: It gives something else.
     """
-    found = model(*[batch[name] for name in takes])
-    if isinstance(found, torch.Tensor):
-        found = (found,)
-    elif isinstance(found, Mapping):
-        found = [found.get(name) for name in gives]
-    if not isinstance(found, tuple | list) or len(found) < len(gives):
-        raise ValueError(f"the model gives {_shown(found)}, expected {', '.join(gives)}")
-    outputs = dict(zip(gives, found, strict=False))
-    for name, value in outputs.items():
-        if not isinstance(value, torch.Tensor):
-            raise ValueError(f"the model's output {name} is {_shown(value)}, expected a tensor")
-    return outputs
+    return named(model(*[batch[name] for name in takes]), gives=gives)
 
 
 def num_rows(batch: Mapping[str, torch.Tensor]) -> int:
@@ -72,9 +62,7 @@ def moved(batch: Mapping[str, torch.Tensor], device: torch.device) -> Batch:
 def channels_last(batch: Mapping[str, torch.Tensor]) -> Batch:
     """In the layout that convolutions are fastest in: for images, and nothing else."""
     return {
-        name: tensor.contiguous(memory_format=torch.channels_last)
-        if tensor.dim() == 4 and tensor.is_floating_point()
-        else tensor
+        name: tensor.contiguous(memory_format=torch.channels_last) if is_channels_last(tensor) else tensor
         for name, tensor in batch.items()
     }
 
@@ -104,9 +92,3 @@ def blank(given: Sequence[TensorSpec], *, sizes: Mapping[str, int], device: torc
         )
         for spec in given
     }
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, tuple | list):
-        return f"{len(value)} outputs"
-    return "nothing" if value is None else f"a {type(value).__name__}"

@@ -8,9 +8,11 @@ from typing import Any, TypeVar
 
 from bmctl.backends import BACKENDS
 from bmctl.fit import Fit
+from bmctl.inputs import INPUTS
 from bmctl.methods import METHODS
+from bmctl.models import own
 from bmctl.recipe.diagnosis import did_you_mean, own_models, shown
-from bmctl.recipe.sections import ExportConfig, LaunchConfig, MeasureConfig
+from bmctl.recipe.sections import ExportConfig, LaunchConfig, MeasureConfig, input_kind
 from bmctl.recipe.yamlio import KeyPath
 from bmctl.schema import BATCH, Span
 
@@ -29,7 +31,8 @@ def check_sections(data: Mapping[str, Any]) -> Found:
     yield from check_loops(data)
     yield from check_axes(data)
     yield from check_steps(data)
-    yield from check_images(data)
+    yield from check_input(data)
+    yield from check_infer(data)
 
 
 def get(data: Mapping[str, Any], path: KeyPath, kind: type[T], default: T) -> T:
@@ -65,6 +68,9 @@ def check_needs(data: Mapping[str, Any]) -> Found:
         yield ("model", "name"), message, did_you_mean(name, own_models())
     elif name.startswith("bmctl:") and get(data, ("model", "pretrained"), bool, False):
         yield ("model", "pretrained"), f"{name} has no published weights", "set it to false, or name a timm: model"
+    if name in own_models():
+        for key, message, hint in own.problems(name, get(data, ("model", "args"), dict, {})):
+            yield ("model", "args", key), message, hint
 
 
 def check_launch(data: Mapping[str, Any]) -> Found:
@@ -129,7 +135,8 @@ def check_axes(data: Mapping[str, Any]) -> Found:
     low, high = (get(axes, (BATCH, key), int, getattr(Span(), key)) for key in ("min", "max"))
     measured = get(data, ("export", "measure", "batch_size"), int, MeasureConfig().batch_size)
     backends = get(data, ("export", "backends"), list, list(ExportConfig().backends))
-    engines = [b["name"] for b in backends if isinstance(b, dict) and str(b.get("name")).startswith("tensorrt")]
+    names = [str(backend.get("name")) for backend in backends if isinstance(backend, dict)]
+    engines = [name for name in names if name in BACKENDS and BACKENDS[name].PROFILED]
     if engines and low <= high and not low <= measured <= high:
         message = f"{measured} is outside the batch profile {low} to {high} that {engines[0]} builds for"
         yield ("export", "measure", "batch_size"), message, "set export.axes.batch.max or export.measure.batch_size"
@@ -156,25 +163,23 @@ def check_steps(data: Mapping[str, Any]) -> Found:
         elif graph_step:
             message = f"{method} works on the model's weights and cannot follow {graph_step}, which works on its graph"
             yield ("compress", i), message, f"move it before {graph_step}"
-        if method == "ptq" and not has(data, "data"):
-            yield ("compress", i), "ptq needs a `data` section to calibrate with", "add `data: {source: bundled}`"
+        if METHODS[method].CALIBRATES and not has(data, "data"):
+            yield ("compress", i), f"{method} needs a `data` section to calibrate with", "add `data: {source: bundled}`"
         if step.get("recover") is not None and not has(data, "data"):
             yield ("compress", i, "recover"), "recovery is training and needs a `data` section", "add one"
 
 
-def check_images(data: Mapping[str, Any]) -> Found:
-    """Preprocessing whose numbers do not fit together, and an unknown backend to infer with."""
-    path: KeyPath = ("data", "preprocess")
-    mean, std = (get(data, (*path, key), list, []) for key in ("mean", "std"))
-    channels = get(data, (*path, "channels"), int, 0)
-    if mean and std and len(mean) != len(std):
-        yield (*path, "std"), f"{len(std)} values, mean has {len(mean)}", "give one per channel"
-    for key, values in (("mean", mean), ("std", std)):
-        if values and channels and len(values) != channels:
-            yield (*path, key), f"{len(values)} values for {channels} channel(s)", "give one per channel"
-    size = get(data, (*path, "size"), list, [1, 1])
-    if len(size) != 2:
-        yield (*path, "size"), f"must be one number or [height, width], got {len(size)} numbers", "size: [224, 224]"
+def check_input(data: Mapping[str, Any]) -> Found:
+    """Numbers of the input that do not fit together."""
+    path: KeyPath = ("data", "input")
+    given = get(data, path, dict, {})
+    module = INPUTS.get(str(given.get("kind") or input_kind(get(data, ("data", "source"), dict, {}))))
+    for key, message, hint in module.check(given) if module is not None else ():
+        yield (*path, key), message, hint
+
+
+def check_infer(data: Mapping[str, Any]) -> Found:
+    """An unknown backend to infer with."""
     backend = get(data, ("infer", "backend"), str, "auto")
     choices = ["auto", "eager", *BACKENDS]
     if backend not in choices:

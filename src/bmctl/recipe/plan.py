@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bmctl.fit import Fit
-from bmctl.methods.ptq import ENOUGH
+from bmctl.methods import METHODS
 from bmctl.recipe.sections import GatesConfig, Recipe
 from bmctl.schema import BATCH, Strict
 
@@ -64,9 +64,10 @@ def step_text(step: Any, recipe: Recipe) -> str:
     if recover:
         teacher = ", taught by the original" if recover.teacher == "original" else ""
         text += f" and recover: {fit_text(recover.fit)}{teacher}"
-    if step.method == "ptq" and recipe.data:
-        most = min(step.samples or ENOUGH, recipe.data.calib.limit or ENOUGH)
-        text += f" calibrated on {most} samples of {recipe.data.calib.split}"
+    method = METHODS[step.method]
+    if method.CALIBRATES and recipe.data:
+        most, limit = method.num_samples(step), recipe.data.calib.limit
+        text += f" calibrated on {most if limit is None else min(most, limit)} samples of {recipe.data.calib.split}"
     return text
 
 

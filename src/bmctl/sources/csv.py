@@ -18,6 +18,7 @@ from bmctl.schema import Many, Strict, resolve_env
 from bmctl.sources.samples import FileSamples, Row, file_samples
 
 SPLITS = ("train", "val", "test")
+INPUT = "image"
 
 
 class Config(Strict):

@@ -17,7 +17,7 @@ from torch import nn
 from bmctl.engine.computing import compiling
 from bmctl.engine.computing.compiling import compiled
 from bmctl.engine.computing.precision import Precision
-from bmctl.models.networks import MLP, ResCNN
+from bmctl.models.own.networks import MLP, ResCNN
 
 FP32 = Precision("fp32", "")
 
@@ -168,7 +168,7 @@ def test_sharded_models_stay_as_they_are(monkeypatch) -> None:
 SCRIPT = """
 import torch
 from bmctl.engine.computing.compiling import compiled
-from bmctl.models.networks import MLP
+from bmctl.models.own.networks import MLP
 from bmctl.engine.computing.precision import Precision
 torch.manual_seed(0)
 model = MLP(num_inputs=16, num_classes=3, hidden=(8,)).train()

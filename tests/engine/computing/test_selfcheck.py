@@ -20,7 +20,7 @@ from bmctl.engine.computing.precision import Precision
 from bmctl.engine.computing.recompute import recompute_blocks
 from bmctl.engine.computing.selfcheck import check
 from bmctl.engine.parallel import Group
-from bmctl.models.networks import MLP, ResCNN
+from bmctl.models.own.networks import MLP, ResCNN
 
 CPU = torch.device("cpu")
 ALONE = Group(rank=0, local_rank=0, world=1, device=CPU, threads=1)

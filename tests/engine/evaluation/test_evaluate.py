@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.specs import image_spec
 from torch import nn
 
 from bmctl.backends import onnxruntime
@@ -26,18 +27,21 @@ from bmctl.engine.evaluation.evaluate import (
     keep_evaluation,
     runner_part,
 )
-from bmctl.engine.loading.data import array_batches, open_split
+from bmctl.engine.loading.arrays import array_batches
+from bmctl.engine.loading.data import open_split
 from bmctl.engine.parallel import Group
 from bmctl.errors import DivergedError, GateError, InterruptedRunError, PackageError, UsageError
-from bmctl.models import ModelSpec, build
+from bmctl.inputs import Resolved
+from bmctl.inputs.image import Spec
+from bmctl.models import build
 from bmctl.package import Manifest, ModelPackage, save_package
 from bmctl.processes.signals import Stop
 from bmctl.recipe import Recipe
-from bmctl.schema import Preprocess, TensorSpec
+from bmctl.schema import TensorSpec
 
-PREPROCESS = Preprocess(size=(8, 8), channels=1, mean=(0.5,), std=(0.5,))
+PREPROCESS = Spec(size=(8, 8), channels=1, mean=(0.5,), std=(0.5,))
 HASH = "ab" * 32
-SPEC = ModelSpec(name="bmctl:mlp", num_classes=10, channels=1, size=(8, 8))
+SPEC = image_spec("bmctl:mlp", size=(8, 8))
 
 
 def recipe(**data: Any) -> Recipe:
@@ -84,8 +88,8 @@ def evaluate(context: StageContext, part: Any, **changes: Any) -> Evaluation:
 
 
 def test_it_is_the_share_of_right_answers(context: StageContext, model: nn.Module) -> None:
-    split = open_split(context.recipe, name="test", preprocess=PREPROCESS)
-    x, y = next(array_batches(split, batch_size=len(split)))
+    split = open_split(context.data, name="test", given=Resolved(PREPROCESS))
+    x, y = next(array_batches(split, batch_size=len(split))).values()
     with torch.no_grad():
         right = (model.eval()(torch.from_numpy(x)).argmax(1) == torch.from_numpy(y)).numpy()
     found = evaluate(context, eager_part(model))
@@ -251,7 +255,7 @@ def test_without_data_there_is_no_metric(model: nn.Module) -> None:
 # -- what lies on disk ------------------------------------------------------------------------------
 
 
-def saved(run: Path, *, graph: Path | None = None, preprocess: Preprocess | None = PREPROCESS) -> ModelPackage:
+def saved(run: Path, *, graph: Path | None = None, preprocess: Spec | None = PREPROCESS) -> ModelPackage:
     torch.manual_seed(1)
     return save_package(
         run / "packages" / ("00-import" if graph else "00-train"),

@@ -83,9 +83,9 @@ elif (HERE or KIND == "gate") and not AGAIN:
     Heart.beat = faulty_beat
 
 if SAMPLES and "bmctl" in " ".join(sys.orig_argv):
-    from bmctl.engine.loading.data import Split
+    from bmctl.engine.loading.split import Split
 
-    take = Split.pixel_batches
+    take = Split.encoded
 
     def noted(self, plan, *, first, every):
         chosen = plan.steps(self.order(seed=plan.seed, epoch=plan.epoch))[first::every]
@@ -97,4 +97,4 @@ if SAMPLES and "bmctl" in " ".join(sys.orig_argv):
             first += every
             yield batch
 
-    Split.pixel_batches = noted
+    Split.encoded = noted

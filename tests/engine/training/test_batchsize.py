@@ -14,7 +14,7 @@ from bmctl.engine.parallel import Group
 from bmctl.engine.training import batchsize
 from bmctl.engine.training.batchsize import find_batch_size
 from bmctl.errors import ResourceError
-from bmctl.models.networks import MLP, ResCNN
+from bmctl.models.own.networks import MLP, ResCNN
 
 CPU = torch.device("cpu")
 ALONE = Group(rank=0, local_rank=0, world=1, device=CPU, threads=1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 
-from bmctl.schema import Strict
+from bmctl.schema import Strict, TensorSpec
 
 TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 8e-2, "int8": 0.15}
 """Largest error of an artifact against its reference, as a fraction of the reference's largest value.
@@ -30,6 +32,7 @@ class Parity(Strict):
         min_agreement: Smallest `agreement` that passes.
         num_samples: Samples compared.
         reference: What the reference outputs come from.
+        output: Which of several outputs was the worst.
     """
 
     error: float
@@ -39,9 +42,10 @@ class Parity(Strict):
     num_samples: int
     reference: str
     passed: bool
+    output: str = ""
 
     def __str__(self) -> str:
-        return (
+        return (f"{self.output}: " if self.output else "") + (
             f"error {self.error:.2e} of the output's scale (tolerance {self.tolerance:.0e}), "
             f"same arg max on {self.agreement:.1%} of {self.num_samples} samples (at least {self.min_agreement:.0%})"
         )
@@ -86,3 +90,78 @@ def _agreement(reference: np.ndarray, got: np.ndarray, *, slack: float) -> float
     rows, other = reference.reshape(-1, reference.shape[-1]), got.reshape(-1, reference.shape[-1])
     chosen = np.take_along_axis(rows, other.argmax(-1)[:, None], -1)[:, 0]
     return float((rows.max(-1) - chosen <= slack).mean())
+
+
+# -- several outputs --------------------------------------------------------------------------------
+
+
+def compare_all(
+    reference: Mapping[str, np.ndarray],
+    got: Mapping[str, np.ndarray],
+    *,
+    outputs: Sequence[TensorSpec],
+    tolerance: float,
+    min_agreement: float,
+    source: str,
+) -> Parity:
+    """Compare every output of a graph, each as its role and type ask; the record is of the worst.
+
+    Scores and floats are compared as `compare` does, the arg max of scores alone. Integers and booleans must be the
+    same in a share of at least `min_agreement`, 8-bit integers within the tolerance. What is nan or inf in both in the
+    same place is equal where it is no score: noise may well give some.
+
+    Args:
+        reference: What is right, by output.
+        got: The outputs to judge.
+        outputs: Names and roles; an output that nobody gives never passes.
+    """
+    worst: Parity | None = None
+    for spec in outputs:
+        right, judged = reference[spec.name], got.get(spec.name)
+        asked = {"tolerance": tolerance, "min_agreement": min_agreement}
+        if judged is None or judged.shape != right.shape:
+            one = _of(1e9, 0.0, right, source=source, **asked)
+        elif spec.role == "scores":
+            one = compare(right, judged, tolerance=tolerance, min_agreement=min_agreement, source=source)
+        elif right.dtype.kind == "f" or (right.dtype.itemsize == 1 and right.dtype.kind in "iu"):
+            one = _of(_error(right, judged), 1.0, right, source=source, **asked)
+        else:
+            one = _of(0.0, float((right == judged).mean()) if right.size else 1.0, right, source=source, **asked)
+        if len(outputs) > 1:
+            one = one.model_copy(update={"output": spec.name})
+        if worst is None or (one.passed, -one.error, one.agreement) < (worst.passed, -worst.error, worst.agreement):
+            worst = one
+    if worst is None:
+        raise ValueError("a graph without outputs has nothing to compare")
+    return worst
+
+
+def _error(reference: np.ndarray, got: np.ndarray) -> float:
+    """max |got - reference| / max |reference| over what is finite; 1e9 where nan and inf lie elsewhere."""
+    reference, got = reference.astype(np.float64), got.astype(np.float64)
+    finite = np.isfinite(reference)
+    if not np.array_equal(reference[~finite], got[~finite], equal_nan=True) or not np.isfinite(got[finite]).all():
+        return 1e9
+    if not finite.any():
+        return 0.0 if reference.size == 0 else 1e9
+    scale = max(float(np.abs(reference[finite]).max()), 1e-12)
+    return min(float(np.abs(got[finite] - reference[finite]).max()) / scale, 1e9)
+
+
+def _of(
+    error: float, agreement: float, reference: np.ndarray, *, tolerance: float, min_agreement: float, source: str
+) -> Parity:
+    return Parity(
+        error=error,
+        tolerance=tolerance,
+        agreement=agreement,
+        min_agreement=min_agreement,
+        num_samples=int(reference.shape[0]) if reference.ndim else 1,
+        reference=source,
+        passed=error <= tolerance and agreement >= min_agreement,
+    )
+
+
+def worst(found: Sequence[Parity]) -> Parity:
+    """Of several comparisons one that failed, else the one with the largest error."""
+    return max(found, key=lambda one: (not one.passed, one.error, -one.agreement))

@@ -14,30 +14,34 @@ import onnx
 
 from bmctl.backends import onnxruntime
 from bmctl.core import onnxgraph
-from bmctl.core.halfgraph import widen
+from bmctl.core.halftypes import widen
 from bmctl.core.runner import Runner
+from bmctl.schema import Signature
 
 
 @contextmanager
-def open_graph(path: Path, *, config: onnxruntime.Config | None = None) -> Iterator[Runner]:
-    """A frozen package's graph, ready to run."""
+def open_graph(
+    path: Path, *, signature: Signature | None = None, config: onnxruntime.Config | None = None
+) -> Iterator[Runner]:
+    """A frozen package's graph, ready to run; without a signature, that of the file."""
     config = config or onnxruntime.Config()
     if onnxgraph.precision_of(path) != "bf16":
-        with onnxruntime.open(path, config=config) as runner:
+        with onnxruntime.open(path, config=config, signature=signature) as runner:
             yield runner
         return
     with tempfile.TemporaryDirectory(prefix="bmctl-") as folder:
         wide = Path(folder) / "model.onnx"
         wide.write_bytes(widen(onnx.load(path)).SerializeToString())
-        with onnxruntime.open(wide, config=config) as runner:
+        with onnxruntime.open(wide, config=config, signature=signature) as runner:
             yield runner
 
 
 @contextmanager
-def open_reference(path: Path) -> Iterator[tuple[Runner, str]]:
+def open_reference(path: Path, *, signature: Signature) -> Iterator[tuple[Runner, str]]:
     """The graph as it stands, with nothing fused or rewritten, and the words for it."""
     words = "the graph on ONNX Runtime, as it stands"
     if onnxgraph.precision_of(path) == "bf16":
         words = "the same bf16 weights computed in fp32 on ONNX Runtime"
-    with open_graph(path, config=onnxruntime.Config(optimization="none", device="cpu")) as runner:
+    config = onnxruntime.Config(optimization="none", device="cpu")
+    with open_graph(path, signature=signature, config=config) as runner:
         yield runner, words

@@ -6,17 +6,16 @@ All artifacts that run here are timed in interleaved rounds, so that their ratio
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-
-import numpy as np
+from collections.abc import Callable, Mapping, Sequence
 
 from bmctl import store
-from bmctl.engine.artifacts.deployed import Deployed, open_runner
+from bmctl.core.runner import Batched, Runner, batch_axes
+from bmctl.engine.artifacts.deployed import Deployed, open_runners
+from bmctl.engine.artifacts.recording import Call, replay
 from bmctl.engine.context import StageContext
-from bmctl.engine.evaluation import measure
+from bmctl.engine.evaluation import feeds, measure
 from bmctl.engine.evaluation.appraise import has_metric
 from bmctl.engine.evaluation.evaluate import evaluate_artifact
-from bmctl.engine.loading.data import array_batches, open_split
 from bmctl.package import ModelPackage
 from bmctl.report.rows import Measurements, Timing
 
@@ -32,29 +31,27 @@ def prove(context: StageContext, *, original: ModelPackage, deployed: Sequence[D
         GateError: An artifact's outputs are not finite.
     """
     runnable = [one for one in deployed if one.manifest.status == "ran"]
-    if has_metric(context, original.manifest.preprocess):
+    if has_metric(context, original.given):
         for path in (original.path, *(one.path for one in runnable)):
             evaluate_artifact(context, path, split="test")
     else:
         context.emit({"event": "note", "text": "no task and data: only parity, latency and size are measured"})
-    _time(context, runnable)
+    _time(context, original, runnable)
 
 
-def _time(context: StageContext, runnable: Sequence[Deployed]) -> None:
+def _time(context: StageContext, original: ModelPackage, runnable: Sequence[Deployed]) -> None:
+    """The same recorded calls on every artifact: of one batch, by the first of them that takes it."""
     config = context.recipe.export.measure
     with contextlib.ExitStack() as stack:
-        runs = {}
-        for one in runnable:
-            runner = stack.enter_context(open_runner(one))
-            feed = {runner.signature.inputs[0].name: _batch(context, one, size=config.batch_size)}
-            runs[str(one.path.relative_to(context.run / "deploy"))] = (runner.run, feed)
-        if not runs:
+        opened = {str(one.path.relative_to(context.run / "deploy")): open_runners(one, stack) for one in runnable}
+        if not opened:
             return
-        calls = {name: (lambda run=run, feed=feed: run(feed)) for name, (run, feed) in runs.items()}
-        latencies = measure.latency(calls, rounds=config.rounds)
+        size = _batch_size(next(iter(opened.values())), asked=config.batch_size)
+        calls = feeds.timing_calls(context, original, next(iter(opened.values())), num_samples=size)
+        latencies = measure.latency({n: _replay(runners, calls) for n, runners in opened.items()}, rounds=config.rounds)
     hashes = {str(one.path.relative_to(context.run / "deploy")): one.hash for one in runnable}
     found = Measurements(
-        batch_size=config.batch_size,
+        batch_size=size,
         machine=measure.machine(),
         artifacts={
             name: Timing(
@@ -62,7 +59,7 @@ def _time(context: StageContext, runnable: Sequence[Deployed]) -> None:
                 p90_ms=latency.p90_ms,
                 p99_ms=latency.p99_ms,
                 samples_ms=tuple(latency.samples_ms),
-                throughput=measure.throughput(latency, batch_size=config.batch_size),
+                throughput=measure.throughput(latency, batch_size=size),
                 artifact=hashes[name],
             )
             for name, latency in latencies.items()
@@ -71,11 +68,13 @@ def _time(context: StageContext, runnable: Sequence[Deployed]) -> None:
     store.write_atomic(context.run / "measurements.json", found.model_dump_json(indent=1).encode())
 
 
-def _batch(context: StageContext, one: Deployed, *, size: int) -> np.ndarray:
-    """float32 [size, ...]: real validation samples where there are any, else noise of the graph's shape."""
-    spec, preprocess = one.manifest.inputs[0], one.manifest.preprocess
-    if context.recipe.data is not None and preprocess is not None:
-        x, _ = next(iter(array_batches(open_split(context.recipe, name="val", preprocess=preprocess), batch_size=size)))
-        return np.resize(x, (size, *x.shape[1:]))
-    shape = [size, *(dim if isinstance(dim, int) else 1 for dim in spec.shape[1:])]
-    return np.random.default_rng(0).standard_normal(shape).astype(spec.dtype)
+def _batch_size(runners: Mapping[str, Runner], *, asked: int) -> int:
+    """What the recipe asks for, but where a graph has a batch of its own."""
+    sizes = [bounds for axes, bounds in map(batch_axes, runners.values()) if axes]
+    fixed = [low for low, high in sizes if low == high]
+    return fixed[0] if fixed else asked
+
+
+def _replay(runners: Mapping[str, Runner], calls: Sequence[Call]) -> Callable[[], object]:
+    batched = {part: Batched(runner) for part, runner in runners.items()}
+    return lambda: replay(batched, calls)

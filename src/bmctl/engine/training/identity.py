@@ -44,7 +44,7 @@ def _settings(
     recipe: Recipe, fit: Fit, stage: str, seed: int, distill: Distill | None, inputs_hash: str
 ) -> dict[str, Any]:
     """What decides, with the data, what the steps do."""
-    data = recipe.data.model_dump(mode="json", include={"preprocess", "augment"}) if recipe.data else None
+    data = recipe.data.model_dump(mode="json", include={"input"}) if recipe.data else None
     return {
         "stage": stage,
         "seed": seed,

@@ -16,7 +16,7 @@ from torch import nn
 from bmctl.core.evaluation import Evaluation
 from bmctl.engine.computing.recompute import keep_activations
 from bmctl.engine.context import StageContext
-from bmctl.engine.loading.data import Split
+from bmctl.engine.loading.split import Split
 from bmctl.engine.sharding.communication import Clock
 from bmctl.engine.sharding.shared import SharedModel
 from bmctl.engine.training import loop

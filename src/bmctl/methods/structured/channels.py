@@ -10,13 +10,17 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from bmctl.core.calling import tensors_of
 from bmctl.core.layers import last_linear, weight_layers
 from bmctl.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from bmctl.methods import Example
 
 # What torch-pruning raises on models that it cannot follow; it has no exceptions of its own.
 TRACE_ERRORS = (
@@ -64,14 +68,14 @@ def attentions(model: nn.Module) -> dict[Any, nn.Linear]:
     return found
 
 
-def output_layers(model: nn.Module, example: torch.Tensor) -> list[nn.Module]:
+def output_layers(model: nn.Module, example: Example) -> list[nn.Module]:
     """The Conv and Linear layers whose outputs reach the model's output through no other one."""
     owners = {id(layer.weight): layer for layer in weight_layers(model).values()}
     with torch.enable_grad():
-        output = model(example)
+        output = model(*example.values())
     found: dict[int, nn.Module] = {}
     seen: set[Any] = set()
-    todo = [output.grad_fn]
+    todo = [tensor.grad_fn for tensor in tensors_of(output)]
     while todo:
         node = todo.pop()
         if node is None or node in seen:
@@ -97,7 +101,7 @@ def _weight_id(node: Any) -> int | None:
     return None
 
 
-def dependency_graph(model: nn.Module, example: torch.Tensor) -> Any:
+def dependency_graph(model: nn.Module, example: Example) -> Any:
     """torch-pruning's graph of the model.
 
     Raises:
@@ -108,7 +112,9 @@ def dependency_graph(model: nn.Module, example: torch.Tensor) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns of every parameter that is no layer's own, and handles them
-            return torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example, verbose=False)
+            return torch_pruning.DependencyGraph().build_dependency(
+                model, example_inputs=tuple(example.values()), verbose=False
+            )
     except TRACE_ERRORS as error:
         raise UnsupportedError(
             f"structured: the channels of {type(model).__name__} cannot be traced: {type(error).__name__}: {error}",

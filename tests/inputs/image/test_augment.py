@@ -10,12 +10,11 @@ import pytest
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
-from bmctl.core import images
 from bmctl.core.chance import uniform
-from bmctl.engine.loading import augment as module
-from bmctl.engine.loading.augment import augment, crop_boxes
-from bmctl.recipe.sections import AugmentConfig, CropConfig
-from bmctl.schema import Preprocess
+from bmctl.inputs.image import AugmentConfig, CropConfig, Spec
+from bmctl.inputs.image import augment as module
+from bmctl.inputs.image.augment import augment, crop_boxes
+from bmctl.inputs.image.pixels import resize
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(1, 256, (40, 9, 7, 3), np.uint8)
@@ -154,9 +153,9 @@ def test_a_crop_depends_on_seed_epoch_and_index_alone() -> None:
 
 def test_a_crop_is_scaled_as_torchvision_does_it() -> None:
     image = RNG.integers(0, 256, (40, 60, 3), np.uint8)
-    spec = Preprocess(size=(24, 24), channels=3, mean=(0.0,) * 3, std=(1.0,) * 3, crop=0.875)
-    found = images.resize([image], spec, boxes=[(10, 5, 45, 39)])
+    spec = Spec(size=(24, 24), channels=3, mean=(0.0,) * 3, std=(1.0,) * 3, crop=0.875)
+    found = resize([image], spec, boxes=[(10, 5, 45, 39)])
     expected = tv.resized_crop(Image.fromarray(image), 5, 10, 34, 35, [24, 24])
     assert np.array_equal(found[0], np.asarray(expected))
-    block = images.resize(np.stack([image, image]), spec, boxes=[(10, 5, 45, 39)] * 2)
+    block = resize(np.stack([image, image]), spec, boxes=[(10, 5, 45, 39)] * 2)
     assert np.array_equal(block, np.concatenate([found, found]))

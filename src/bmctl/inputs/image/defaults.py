@@ -2,69 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bmctl.core import images
-from bmctl.engine.loading.data import choose_samples, data_section
-from bmctl.engine.loading.order import balanced_order
 from bmctl.errors import DataError, RecipeError
-from bmctl.models import InputDefaults, input_defaults
-from bmctl.recipe.sections import Recipe
-from bmctl.schema import Preprocess
-from bmctl.sources import Stream
-from bmctl.sources.samples import ArraySamples
+from bmctl.inputs.image import Config, Spec
+from bmctl.inputs.image.pixels import to_grey
+
+if TYPE_CHECKING:
+    from bmctl.inputs import Examples
 
 PROBE = 1000
 """Files that are decoded for size, channels, mean and std where the recipe leaves them to the data."""
 _CHUNK = 2048
 
 
-def resolve_preprocess(recipe: Recipe) -> Preprocess:
-    """What the recipe says, over what the model's publisher says, over what the training data says.
-
-    Mean and std are taken from the training split alone, rounded to 4 digits.
+def resolve(asked: Config, examples: Examples, *, published: Mapping[str, Any]) -> Spec:
+    """What the recipe says, over what the model's publisher says, over what the training images say.
 
     Raises:
         DataError: The images differ in size and no size is given, or are all of one colour.
         RecipeError: Channels that the model does not take, or not one mean and std per channel.
     """
-    asked = data_section(recipe).preprocess
-    known = input_defaults(recipe.model) if recipe.model else InputDefaults()
-    if asked.channels is not None and known.channels not in (None, asked.channels):
+    takes = published.get("channels")
+    if asked.channels is not None and takes not in (None, asked.channels):
         raise RecipeError(
-            f"data.preprocess.channels: {asked.channels}, but the model takes {known.channels}",
-            hint=f"--set data.preprocess.channels={known.channels}",
+            f"data.input.channels: {asked.channels}, but the model takes {takes}",
+            hint=f"--set data.input.channels={takes}",
         )
-    size = (asked.size, asked.size) if isinstance(asked.size, int) else asked.size or known.size
-    channels = asked.channels or known.channels
-    mean, std = asked.mean or known.mean, asked.std or known.std
+    size = (asked.size, asked.size) if isinstance(asked.size, int) else asked.size or published.get("size")
+    channels = asked.channels or takes
+    mean, std = asked.mean or published.get("mean"), asked.std or published.get("std")
     if size is None or channels is None or mean is None or std is None:
-        probe = _probe(recipe)
+        probe = _probe(examples)
         size = size or _common_size(probe)
         channels = channels or (3 if any(image.ndim == 3 for image in probe) else 1)
         measured_mean, measured_std = _moments(probe, channels=channels)
         mean, std = mean or measured_mean, std or measured_std
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != channels:
-            raise RecipeError(f"data.preprocess.{name}: {len(values)} values for {channels} channels")
-    return Preprocess(
+            raise RecipeError(f"data.input.{name}: {len(values)} values for {channels} channels")
+    return Spec(
         size=size,
         channels=channels,
         mean=mean,
         std=std,
-        interpolation=asked.interpolation or known.interpolation or "bilinear",
-        crop=asked.crop if asked.crop is not None else known.crop,
+        interpolation=asked.interpolation or published.get("interpolation") or "bilinear",
+        crop=asked.crop if asked.crop is not None else published.get("crop"),
     )
 
 
-def _probe(recipe: Recipe) -> Sequence[np.ndarray] | np.ndarray:
-    """Training images: all of them where they are in memory, the first PROBE of the balanced order else."""
-    samples, indices = choose_samples(recipe, name="train")
-    if isinstance(samples, Stream):
-        indices = np.sort(indices[balanced_order(samples.labels[indices])[:PROBE]])
-    return samples.read(indices if isinstance(samples, ArraySamples) else indices[:PROBE])
+def _probe(examples: Examples) -> Sequence[np.ndarray] | np.ndarray:
+    """Training images: all of them where they are in memory, PROBE of them else."""
+    (pictures,) = examples.read(None if examples.in_memory else PROBE).values()
+    return pictures if isinstance(pictures, np.ndarray) else [np.asarray(picture) for picture in pictures]
 
 
 def _common_size(probe: Sequence[np.ndarray] | np.ndarray) -> tuple[int, int]:
@@ -72,8 +65,8 @@ def _common_size(probe: Sequence[np.ndarray] | np.ndarray) -> tuple[int, int]:
     if len(sizes) > 1:
         some = ", ".join(f"{width}x{height}" for height, width in sorted(sizes)[:3])
         raise DataError(
-            f"data.preprocess.size is not given, and the images differ in size ({some}, ...)",
-            hint="--set data.preprocess.size=224",
+            f"data.input.size is not given, and the images differ in size ({some}, ...)",
+            hint="--set data.input.size=224",
         )
     height, width = sizes.pop()
     return int(height), int(width)
@@ -89,7 +82,7 @@ def _moments(probe: Sequence[np.ndarray] | np.ndarray, *, channels: int) -> tupl
     )
     for block in blocks:
         block = block if block.ndim == 4 else block[..., None]
-        block = images.to_grey(block) if channels == 1 and block.shape[-1] == 3 else block
+        block = to_grey(block) if channels == 1 and block.shape[-1] == 3 else block
         for channel in range(channels):
             counts[channel] += np.bincount(block[..., channel % block.shape[-1]].ravel(), minlength=256)
     levels = np.arange(256) / 255

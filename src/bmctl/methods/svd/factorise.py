@@ -1,81 +1,33 @@
-"""Low rank: a Linear or Conv2d becomes two smaller layers, by truncated singular value decomposition.
+"""A layer and the two that take its place.
 
 Linear [O, I] -> [R, I] then [O, R]. Conv [O, I, k, k] -> the same conv with R outputs, then 1x1 [O, R]. The product is
 the best approximation of rank R; a full-size weight is never rebuilt. The second layer of a conv works at the output's
 resolution, as the whole did, so that fewer parameters are fewer multiplications in the same proportion.
 
-Source: Eckart and Young 1936; for convolutions Denton et al. 2014, https://arxiv.org/abs/1404.0736, and Zhang et al.
-2015, https://arxiv.org/abs/1505.06798. Weight legend: O out channels, I in channels, k kernel, R rank.
+Weight legend: O out channels, I in channels, k kernel, R rank.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, model_validator
+import torch
+from torch import nn
+from torch.nn.utils import skip_init
 
-from bmctl.fit import ModuleStepConfig
-from bmctl.schema import Count, Many
+from bmctl.core.layers import Factors, deterministic, evaluating, get_layer, matching, replace_layer, weight_layers
+from bmctl.core.masks import has_mask
+from bmctl.errors import PackageError, UnsupportedError
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from bmctl.methods import Meta, MethodContext
-
-FAMILY = "lowrank"
-LEVEL = "module"
+    from bmctl.methods import Example, Meta
+    from bmctl.methods.svd import Config
 
 
-class Config(ModuleStepConfig):
-    """Factorise Linear and Conv2d layers, to exactly one of `rank`, `ratio` and `energy`.
-
-    Attributes:
-        rank: The same rank for every layer.
-        ratio: Fraction of each layer's weights that the two factors have at most.
-        energy: Fraction of each layer's squared singular values that is kept at least.
-        include: Names of layers to factorise, such as ``layer4.*``; all of them when empty.
-        ignore: Names of layers left as they are.
-        min_weights: Layers with fewer weights than this are left as they are: two small layers are slower than one.
-    """
-
-    method: Literal["svd"] = "svd"
-    rank: Count | None = None
-    ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
-    energy: Annotated[float, Field(gt=0, lt=1)] | None = None
-    include: Many[str] = ()
-    ignore: Many[str] = ()
-    min_weights: Annotated[int, Field(ge=0)] = 0
-
-    @model_validator(mode="after")
-    def _one_criterion(self) -> Self:
-        given = [key for key in ("rank", "ratio", "energy") if getattr(self, key) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of rank, ratio and energy, got {', '.join(given) or 'none'}")
-        return self
-
-
-def apply(model: nn.Module, config: Config, context: MethodContext) -> Meta:
-    """Replace layers in place.
-
-    Args:
-        model: Changed in place.
-        config: The step.
-        context: `example` shows which layers the forward pass calls.
-
-    Returns:
-        `layers`: {name: rank}; `kept`: {name: why it was left}; `notes`.
-
-    Raises:
-        UnsupportedError: No layer gets smaller, or the model does not run with its factors.
-        RecipeError: A pattern matches no layer.
-    """
-    from bmctl.core.layers import deterministic, replace_layer
-    from bmctl.core.masks import has_mask
-    from bmctl.errors import UnsupportedError
-
-    layers, kept = _chosen(model, config, context)
+def factorise(model: nn.Module, config: Config, *, example: Example) -> Meta:
+    """What `svd.apply` promises."""
+    layers, kept = _chosen(model, config, example)
     ranks: dict[str, int] = {}
     notes: list[str] = []
     with deterministic():
@@ -93,21 +45,12 @@ def apply(model: nn.Module, config: Config, context: MethodContext) -> Meta:
             f"svd: no layer gets smaller ({'; '.join(f'{name}: {why}' for name, why in list(kept.items())[:4])})",
             hint="lower rank, ratio or energy, or name other layers in `include`",
         )
-    _check_runs(model, context.example)
+    _check_runs(model, example)
     return {"layers": ranks, "kept": kept, "notes": notes}
 
 
-def restore(model: nn.Module, config: Config, meta: Meta) -> None:
-    """Put empty factors of the recorded ranks in place; their weights are loaded afterwards.
-
-    Raises:
-        PackageError: The meta does not fit the model.
-    """
-    from torch import nn
-
-    from bmctl.core.layers import get_layer, replace_layer
-    from bmctl.errors import PackageError
-
+def restore(model: nn.Module, meta: Meta) -> None:
+    """What `svd.restore` promises."""
     for name, rank in meta["layers"].items():
         layer = get_layer(model, name, what="svd")
         if type(layer) not in (nn.Linear, nn.Conv2d):
@@ -120,18 +63,15 @@ def restore(model: nn.Module, config: Config, meta: Meta) -> None:
         replace_layer(model, name, _empty(layer, rank))
 
 
-def _chosen(model: nn.Module, config: Config, context: MethodContext) -> tuple[dict[str, Any], dict[str, str]]:
+def _chosen(model: nn.Module, config: Config, example: Example) -> tuple[dict[str, Any], dict[str, str]]:
     """Layers to factorise, and why each other one is left."""
-    from torch import nn
-
-    from bmctl.core.layers import Factors, matching, weight_layers
 
     everything = weight_layers(model)
     names = list(everything)
     included = matching(names, config.include, key="svd.include") if config.include else set(names)
     ignored = matching(names, config.ignore, key="svd.ignore")
     inside = {f"{name}.{i}" for name, m in model.named_modules() if isinstance(m, Factors) for i in range(len(m))}
-    called = _called(model, context.example)
+    called = _called(model, example)
     layers, kept = {}, {}
     for name, layer in everything.items():
         if layer.weight.numel() < config.min_weights:
@@ -152,11 +92,8 @@ def _chosen(model: nn.Module, config: Config, context: MethodContext) -> tuple[d
     return layers, kept
 
 
-def _called(model: nn.Module, example: torch.Tensor) -> set[str]:
+def _called(model: nn.Module, example: Example) -> set[str]:
     """Names of the submodules that a forward pass calls."""
-    import torch
-
-    from bmctl.core.layers import evaluating
 
     called: set[str] = set()
     handles = [
@@ -164,7 +101,7 @@ def _called(model: nn.Module, example: torch.Tensor) -> set[str]:
     ]
     try:
         with evaluating(model), torch.no_grad():
-            model(example)
+            model(*example.values())
     finally:
         for handle in handles:
             handle.remove()
@@ -188,8 +125,6 @@ def _choose_rank(config: Config, s_R: torch.Tensor, rows: int, columns: int) -> 
 
 def _factorise(layer: Any, config: Config) -> tuple[int, nn.Module | None]:
     """The rank, and the two factors where they have fewer weights than the layer."""
-    import torch
-
     rows, columns = _matrix_shape(layer)
     # float64 and a fixed sign: the same factors on every machine to rounding.
     w_OI = layer.weight.detach().cpu().double().reshape(rows, columns)
@@ -212,10 +147,6 @@ def _factorise(layer: Any, config: Config) -> tuple[int, nn.Module | None]:
 
 def _empty(layer: Any, rank: int) -> Any:
     """Factors of the layer's geometry, with weights to be filled in."""
-    from torch import nn
-    from torch.nn.utils import skip_init
-
-    from bmctl.core.layers import Factors
 
     place = {"device": layer.weight.device, "dtype": layer.weight.dtype}
     bias = layer.bias is not None
@@ -231,15 +162,10 @@ def _empty(layer: Any, rank: int) -> Any:
     )
 
 
-def _check_runs(model: nn.Module, example: torch.Tensor) -> None:
-    import torch
-
-    from bmctl.core.layers import evaluating
-    from bmctl.errors import UnsupportedError
-
+def _check_runs(model: nn.Module, example: Example) -> None:
     try:
         with evaluating(model), torch.no_grad():
-            model(example)
+            model(*example.values())
     except (AttributeError, RuntimeError, TypeError) as error:
         raise UnsupportedError(
             f"svd: {type(model).__name__} does not run with factorised layers: {error}",

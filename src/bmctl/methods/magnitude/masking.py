@@ -1,61 +1,23 @@
-"""Magnitude pruning: the smallest weights of all layers together become zero, and stay zero.
-
-Source: Han et al. 2015, https://arxiv.org/abs/1506.02626
-"""
+"""Weights masked by their magnitude."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+import torch
+from torch import nn
 
-from bmctl.fit import ModuleStepConfig
-from bmctl.schema import Many
+from bmctl.core.layers import deterministic, get_layer, matching, weight_layers
+from bmctl.core.masks import MASK, get_mask, has_mask, hold_masks, num_bytes, set_mask
+from bmctl.errors import PackageError, UnsupportedError
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from bmctl.methods import Meta, MethodContext
-
-FAMILY = "prune"
-LEVEL = "module"
+    from bmctl.methods import Meta
+    from bmctl.methods.magnitude import Config
 
 
-class Config(ModuleStepConfig):
-    """Prune the smallest weights of all Conv and Linear layers, ranked together.
-
-    Attributes:
-        sparsity: Fraction of the ranked weights that are zero afterwards, earlier pruning included.
-        ignore: Names of layers left as they are, such as ``head`` or ``layer1.*``.
-        min_weights: Layers with fewer weights than this are left as they are.
-    """
-
-    method: Literal["magnitude"] = "magnitude"
-    sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    ignore: Many[str] = ()
-    min_weights: Annotated[int, Field(ge=0)] = 0
-
-
-def apply(model: nn.Module, config: Config, context: MethodContext) -> Meta:
-    """Zero the smallest weights in place and hold them there.
-
-    Args:
-        model: Changed in place; layers get a `weight_mask` buffer.
-        config: The step.
-        context: Not looked at.
-
-    Returns:
-        `layers`: {name: number of weights kept}.
-
-    Raises:
-        UnsupportedError: Nothing to prune, or as sparse already.
-        RecipeError: A pattern of `ignore` matches no layer.
-    """
-    from bmctl.core.layers import deterministic
-    from bmctl.core.masks import get_mask, has_mask, hold_masks, set_mask
-    from bmctl.errors import UnsupportedError
-
+def prune(model: nn.Module, config: Config) -> Meta:
+    """What `magnitude.apply` promises."""
     layers = _chosen(model, config)
     with deterministic():
         masks = {name: get_mask(layer) for name, layer in layers.items() if has_mask(layer)}
@@ -75,18 +37,8 @@ def apply(model: nn.Module, config: Config, context: MethodContext) -> Meta:
     return {"layers": {name: int(mask.sum()) for name, mask in keep.items()}}
 
 
-def restore(model: nn.Module, config: Config, meta: Meta) -> None:
-    """Give the layers their mask buffers, whose bits are loaded with the weights.
-
-    Raises:
-        PackageError: The meta does not fit the model.
-    """
-    import torch
-
-    from bmctl.core.layers import get_layer, weight_layers
-    from bmctl.core.masks import MASK, has_mask, hold_masks, num_bytes
-    from bmctl.errors import PackageError
-
+def restore(model: nn.Module, meta: Meta) -> None:
+    """What `magnitude.restore` promises."""
     known = weight_layers(model)
     for name in meta["layers"]:
         layer = get_layer(model, name, what="magnitude")
@@ -99,9 +51,6 @@ def restore(model: nn.Module, config: Config, meta: Meta) -> None:
 
 
 def _chosen(model: nn.Module, config: Config) -> dict[str, Any]:
-    from bmctl.core.layers import matching, weight_layers
-    from bmctl.errors import UnsupportedError
-
     layers = weight_layers(model)
     ignored = matching(list(layers), config.ignore, key="magnitude.ignore")
     chosen = {
@@ -121,8 +70,6 @@ def _smallest_dropped(
     layers: dict[str, Any], masks: dict[str, torch.Tensor], num_pruned: int
 ) -> dict[str, torch.Tensor]:
     """bool masks with exactly `num_pruned` False, ties broken by position; pruned weights stay pruned."""
-    import torch
-
     scores = []
     for name, layer in layers.items():
         score = layer.weight.detach().abs().float().cpu()

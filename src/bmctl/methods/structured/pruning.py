@@ -1,25 +1,22 @@
-"""Structured pruning: whole channels go, in every layer that depends on them, and the model gets smaller.
-
-Source: Li et al. 2017, https://arxiv.org/abs/1608.08710; Fang et al. 2023, https://arxiv.org/abs/2301.12900
-"""
+"""Channels removed from a module, and a module given the shapes that were left."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+import torch
+from torch import nn
 
-from bmctl.fit import ModuleStepConfig
-from bmctl.schema import Count, Many
+from bmctl.core import masks
+from bmctl.core.calling import tensors_of
+from bmctl.core.layers import deterministic, evaluating, get_layer, matching, weight_layers
+from bmctl.errors import PackageError, UnsupportedError
+from bmctl.methods.structured import channels
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from bmctl.methods import Meta, MethodContext
-
-FAMILY = "prune"
-LEVEL = "module"
+    from bmctl.methods import Example, Meta
+    from bmctl.methods.structured import Config
 
 # What pruning may change in a module besides its tensors: sizes that forward passes and exports read.
 ATTRIBUTES = (
@@ -43,45 +40,8 @@ ATTRIBUTES = (
 )
 
 
-class Config(ModuleStepConfig):
-    """Prune channels over dependency groups; the classes stay.
-
-    Attributes:
-        ratio: Fraction of channels removed; half of them is about a quarter of the weights.
-        scope: `group` takes the fraction of every group, `global` ranks the channels of all groups together.
-        max_ratio: With `global`, no group loses more than this fraction.
-        round_to: What is left of each group is a multiple of this.
-        norm: Norm of a channel's weights, over all layers of its group, that says how important it is.
-        ignore: Names of layers whose output channels stay, with all that depend on them.
-    """
-
-    method: Literal["structured"] = "structured"
-    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    scope: Literal["group", "global"] = "group"
-    max_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.9
-    round_to: Count = 1
-    norm: Literal["l1", "l2"] = "l2"
-    ignore: Many[str] = ()
-
-
-def apply(model: nn.Module, config: Config, context: MethodContext) -> Meta:
-    """Remove channels in place.
-
-    Args:
-        model: Changed in place, and of no use after an error.
-        config: The step.
-        context: `example` is what the model is traced and checked with.
-
-    Returns:
-        `shapes`: {tensor: new shape}; `attributes`: {module: {attribute: value}}; `groups`: {name: [before, after]}.
-
-    Raises:
-        UnsupportedError: The model cannot be traced, nothing is left to prune, or nothing would be left of a layer.
-        RecipeError: A pattern of `ignore` matches no layer.
-    """
-    from bmctl.core import masks
-    from bmctl.core.layers import deterministic, evaluating
-
+def prune(model: nn.Module, config: Config, *, example: Example) -> Meta:
+    """What `structured.apply` promises."""
     before = _describe(model)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     model.requires_grad_(True)  # the graph is traced through autograd
@@ -90,10 +50,10 @@ def apply(model: nn.Module, config: Config, context: MethodContext) -> Meta:
         # torch-pruning cuts a weight's gradient exactly as the weight: that carries the mask along.
         layer.weight.grad = masks.get_mask(layer).to(layer.weight.dtype)
     with deterministic(), evaluating(model):
-        shape = model(context.example).shape
-        groups = _prune(model, config, context.example)
+        shapes = _shapes(model, example)
+        groups = _prune(model, config, example)
         _mend(model)
-        _check_runs(model, context.example, shape)
+        _check_runs(model, example, shapes)
     for layer in held.values():
         masks.set_mask(layer, layer.weight.grad.bool())
     for name, parameter in model.named_parameters():
@@ -109,16 +69,8 @@ def apply(model: nn.Module, config: Config, context: MethodContext) -> Meta:
     }
 
 
-def restore(model: nn.Module, config: Config, meta: Meta) -> None:
-    """Set the recorded attributes and put empty tensors of the recorded shapes in place.
-
-    Raises:
-        PackageError: The meta does not fit the model.
-    """
-    from bmctl.core import masks
-    from bmctl.core.layers import get_layer
-    from bmctl.errors import PackageError
-
+def restore(model: nn.Module, meta: Meta) -> None:
+    """What `structured.restore` promises."""
     for name, attributes in meta["attributes"].items():
         module = get_layer(model, name, what="structured")
         for key, value in attributes.items():
@@ -143,10 +95,6 @@ def _is_smaller(value: Any, old: Any) -> bool:
 
 
 def _resize(module: nn.Module, key: str, shape: list[int], *, name: str) -> None:
-    from torch import nn
-
-    from bmctl.errors import PackageError
-
     old: Any = module._parameters.get(key) if key in module._parameters else module._buffers.get(key)
     fits = old is not None and len(old.shape) == len(shape)
     if not fits or not all(
@@ -161,12 +109,8 @@ def _resize(module: nn.Module, key: str, shape: list[int], *, name: str) -> None
         module._buffers[key] = new
 
 
-def _prune(model: nn.Module, config: Config, example: torch.Tensor) -> dict[str, list[int]]:
+def _prune(model: nn.Module, config: Config, example: Example) -> dict[str, list[int]]:
     """{group: [channels before, channels after]}."""
-    from bmctl.core.layers import matching, weight_layers
-    from bmctl.errors import UnsupportedError
-    from bmctl.methods import channels
-
     layers = weight_layers(model)
     ignored = [layers[name] for name in sorted(matching(list(layers), config.ignore, key="structured.ignore"))]
     outputs = channels.output_layers(model, example)
@@ -198,11 +142,7 @@ def _prune(model: nn.Module, config: Config, example: torch.Tensor) -> dict[str,
 
 def _mend(model: nn.Module) -> None:
     """Sizes that models keep as plain numbers and read in views, which torch-pruning does not know."""
-    from torch import nn
-
-    from bmctl.methods.channels import attentions
-
-    for attention, qkv in attentions(model).items():
+    for attention, qkv in channels.attentions(model).items():
         head_dim = qkv.out_features // (3 * attention.num_heads)
         old = getattr(attention, "head_dim", head_dim)
         sizes = {"head_dim": head_dim, "attn_dim": attention.num_heads * head_dim, "scale": head_dim**-0.5}
@@ -218,36 +158,39 @@ def _mend(model: nn.Module) -> None:
 
 def _rescale_queries(qkv: nn.Linear, num_rows: int, ratio: float) -> None:
     """Attention divides by the root of the width of a head, which has shrunk: queries shrink to keep the scores."""
-    import torch
-
     with torch.no_grad():
         qkv.weight[:num_rows] *= ratio**0.5
         if qkv.bias is not None:
             qkv.bias[:num_rows] *= ratio**0.5
 
 
-def _check_runs(model: nn.Module, example: torch.Tensor, shape: torch.Size) -> None:
+def _shapes(model: nn.Module, example: Example) -> list[torch.Size]:
+    """Of every tensor that the model gives."""
+    return [tensor.shape for tensor in tensors_of(model(*example.values()))]
+
+
+def _check_runs(model: nn.Module, example: Example, shapes: list[torch.Size]) -> None:
     """A forward pass at two batch sizes, with the outputs that it had."""
-    import torch
-
-    from bmctl.errors import UnsupportedError
-
     for size in (1, 3):
-        batch = example[:1].expand(size, *example.shape[1:]).contiguous()
+        batch = {name: one[:1].expand(size, *one.shape[1:]).contiguous() for name, one in example.items()}
         try:
             with torch.no_grad():
-                got = tuple(model(batch).shape)
+                got = _shapes(model, batch)
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             raise UnsupportedError(
                 f"structured: {type(model).__name__} does not run after pruning: {error}",
                 hint="its forward pass has a size written into it; name the layers around it in `ignore`",
             ) from error
-        if got != (size, *shape[1:]):
+        if got != [torch.Size((size, *shape[1:])) for shape in shapes]:
             raise UnsupportedError(
-                f"structured: after pruning {type(model).__name__} gives {list(got)} for a batch of {size}, "
-                f"before it gave {list(shape[1:])} per sample",
+                f"structured: after pruning {type(model).__name__} gives {_shown(got)} for a batch of {size}, "
+                f"before it gave {_shown([shape[1:] for shape in shapes])} per sample",
                 hint="name the last layer in `ignore`",
             )
+
+
+def _shown(shapes: Sequence[torch.Size]) -> str:
+    return ", ".join(str(list(shape)) for shape in shapes)
 
 
 def _describe(model: nn.Module) -> tuple[dict[str, list[int]], dict[str, dict[str, Any]]]:

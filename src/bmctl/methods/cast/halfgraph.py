@@ -6,7 +6,7 @@ Names: a value `x` of the graph becomes half precision under its own name; where
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -15,6 +15,7 @@ import onnx
 import onnxruntime
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, inliner, numpy_helper, version_converter
 
+from bmctl.core.halftypes import TYPES
 from bmctl.errors import UnsupportedError
 
 FP16_MAX = 65504.0
@@ -24,7 +25,6 @@ BF16_OPSET = 22
 KEPT = {"Resize", "Upsample", "Range", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike"}
 """Operators with sizes, seeds or type attributes among their floats: they stay in fp32."""
 
-TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 STRINGS = {"fp16": "tensor(float16)", "bf16": "tensor(bfloat16)"}
 
 
@@ -238,29 +238,6 @@ def _renamed(tensor: TensorProto, name: str) -> TensorProto:
     new.CopyFrom(tensor)
     new.name = name
     return new
-
-
-def widen(model: ModelProto) -> ModelProto:
-    """The same weights computed in fp32: what a half precision graph is compared with where no kernel runs it."""
-    halves = set(TYPES.values())
-    for tensor in _all_tensors(model.graph):
-        if tensor.data_type in halves:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i in halves:
-                attribute.i = TensorProto.FLOAT
-    for value in (*model.graph.input, *model.graph.output):
-        if value.type.tensor_type.elem_type in halves:
-            value.type.tensor_type.elem_type = TensorProto.FLOAT
-    del model.graph.value_info[:]
-    return model
-
-
-def _all_tensors(graph: GraphProto) -> Iterable[TensorProto]:
-    yield from graph.initializer
-    for node in graph.node:
-        yield from (attribute.t for attribute in node.attribute if attribute.HasField("t"))
 
 
 def ranges(model: ModelProto, feed: dict[str, np.ndarray]) -> dict[str, float]:

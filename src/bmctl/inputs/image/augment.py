@@ -15,13 +15,38 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from bmctl.core.chance import hash_integers, uniform
-from bmctl.core.images import Box
-from bmctl.recipe.sections import AugmentConfig, CropConfig
+from bmctl.core.chance import Luck, hash_integers, uniform
+from bmctl.core.images import Picture
+from bmctl.inputs.image import AugmentConfig, CropConfig, Spec
+from bmctl.inputs.image.pixels import Box, resize, size_of
 
 _ATTEMPTS = 10
 _AUGMENT = 2
 _CROP, _BRIGHTNESS, _CONTRAST, _SATURATION, _ERASE = range(1, 6)
+
+
+def encode(
+    pictures: Sequence[Picture] | np.ndarray, spec: Spec, *, config: AugmentConfig | None, luck: Luck | None
+) -> np.ndarray:
+    """Pictures brought to size, and augmented where there is luck.
+
+    Args:
+        pictures: n images, or one array of them.
+        spec: Size, channels, interpolation and crop.
+        config: What may be done in training.
+        luck: Of each image; None for evaluation.
+
+    Returns:
+        uint8 [n, H, W, c].
+    """
+    if config is None or luck is None:
+        return resize(pictures, spec)
+    boxes = None
+    if config.crop is not None:
+        sizes = np.array([size_of(picture) for picture in pictures])
+        boxes = crop_boxes(sizes, luck.indices, config=config.crop, seed=luck.seed, epoch=luck.epoch)
+    pixels = resize(pictures, spec, boxes=boxes)
+    return augment(pixels, luck.indices, config=config, seed=luck.seed, epoch=luck.epoch, fill=spec.mean)
 
 
 def augment(
@@ -112,7 +137,8 @@ def _shifted(pixels: np.ndarray, luck: np.ndarray, *, most: int) -> np.ndarray:
     down, right = ((luck >> np.uint64(8)) % span).astype(int), ((luck >> np.uint64(32)) % span).astype(int)
     padded = np.pad(pixels, ((0, 0), (most, most), (most, most), (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(1, 2))
-    return windows[np.arange(count), down, right].transpose(0, 2, 3, 1)
+    moved: np.ndarray = windows[np.arange(count), down, right].transpose(0, 2, 3, 1)
+    return moved
 
 
 def _around_one(luck: np.ndarray, most: float) -> np.ndarray:
