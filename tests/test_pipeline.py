@@ -103,6 +103,9 @@ def test_three_lines_are_a_whole_script(here: Path) -> None:
     assert rows["deploy/openvino"]["test"]["num_samples"] == 200
     assert rows["deploy/openvino"]["drop"]["low"] is not None
     assert rows["deploy/openvino"]["speedup"]["value"] > 0
+    assert rows["deploy/openvino"]["peak_memory_bytes"] > 100_000
+    assert rows["deploy/tensorrt_rtx"]["peak_memory_bytes"] is None
+    assert list(rows["deploy/openvino"]["test_drops"]) == ["accuracy", "macro_f1", "loss"]
     assert rows["deploy/tensorrt_rtx"]["test"] is None
     assert rows["packages/00-train"]["val"]["trivial"] == pytest.approx(0.1)
 
@@ -125,6 +128,16 @@ def test_a_failed_gate_exits_8_and_the_report_says_it(here: Path, capsys: pytest
     captured = capsys.readouterr()
     assert any(not gate["passed"] for gate in json.loads(captured.out)["gates"])
     assert "min_speedup" in captured.err
+
+
+def test_any_metric_of_the_task_is_gated(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    limits = ["--set", "gates.metrics.macro_f1.min=0.999", "--set", "gates.metrics.loss.max=1000"]
+    assert main(["export", "--backend", "openvino", *limits, "--json"]) == 8
+    found = json.loads(capsys.readouterr().out)["gates"]
+    verdicts = {gate["name"]: gate["passed"] for gate in found if gate["artifact"] == "deploy/openvino"}
+    assert (verdicts["metrics.macro_f1.min"], verdicts["metrics.loss.max"]) == (False, True)
+    assert main(["export", "--set", "gates.metrics.macro.min=0.1"]) == 3
+    assert "did you mean macro_f1?" in capsys.readouterr().err
 
 
 def test_an_engine_that_was_not_run_fails_its_gate(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

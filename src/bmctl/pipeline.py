@@ -19,6 +19,7 @@ from bmctl.report import gates
 from bmctl.report.rows import ORIGINAL
 from bmctl.schema import resolve_env
 from bmctl.session import Options, Session, Target, clear, find_target, import_target, opened, stage
+from bmctl.tasks import TASKS
 
 STAGES = ("train", "compress", "export", "infer")
 SHOWN = 12
@@ -73,7 +74,8 @@ def train(options: Options, *, source: str | None = None, nproc: int | None = No
 
 def compress(options: Options, *, source: str | None, verb: str | None = None, method: str | None = None) -> int:
     """The recipe's steps; with a verb such as prune those up to its last one, or the one step that `method` names."""
-    _check_method(verb, method)
+    if verb and method and method not in (known := of_verb(verb)):
+        raise UsageError(f"--method {method}: not a method of {verb}", hint=f"one of {', '.join(known)}")
     # `--set` addresses the one step that the command line names, else the recipe that holds the steps.
     one_step = method or (of_verb(verb)[0] if verb and source and not options.recipe else None)
     target = find_target(options, source, step=one_step)
@@ -106,13 +108,7 @@ def export(options: Options, *, source: str | None, backends: Sequence[str], fla
 
 
 def infer(
-    options: Options,
-    *,
-    data: str | None,
-    model: str | None,
-    backend: str | None,
-    form: str,
-    to: str | None,
+    options: Options, *, data: str | None, model: str | None, backend: str | None, form: str, to: str | None
 ) -> int:
     """Predict with a run, a package, an .onnx or an engine."""
     if form not in ("jsonl", "csv"):
@@ -296,7 +292,9 @@ def _finish(session: Session) -> int:
     """Write the report, show it, and let the gates speak once there is something to judge."""
     found = reports.collect(session.run)
     if found.artifacts:
-        found = reports.with_gates(found, gates.check(session.recipe.gates, found))
+        recipe = session.recipe
+        metrics = TASKS[recipe.task.kind].METRICS if recipe.task is not None else {}
+        found = reports.with_gates(found, gates.check(recipe.gates, found, metrics=metrics))
     store.write_atomic(session.run / "report.json", reports.to_json(found).encode() + b"\n")
     store.write_atomic(session.run / "report.md", reports.to_markdown(found).encode())
     if session.options.as_json:
@@ -309,14 +307,6 @@ def _finish(session: Session) -> int:
         failed.has_document = session.options.as_json
         raise
     return 0
-
-
-def _check_method(verb: str | None, method: str | None) -> None:
-    if verb is None or method is None:
-        return
-    known = of_verb(verb)
-    if method not in known:
-        raise UsageError(f"--method {method}: not a method of {verb}", hint=f"one of {', '.join(known)}")
 
 
 def _up_to(target: Target, verb: str) -> Target:

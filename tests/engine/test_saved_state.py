@@ -72,7 +72,7 @@ class Scripted:
 
     def evaluate(self, parts: Any, batches: Any, *, config: Any) -> Any:
         found = self._task.evaluate(parts, batches, config=config)
-        return replace(found, value=found.extra["loss"])
+        return replace(found, values={**found.values, "accuracy": found.values["loss"]})
 
 
 def trace(run: Path, *, resume: bool = False, signal_at: int = 0, crash_at: int = 0) -> dict[str, Any]:

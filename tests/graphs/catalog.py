@@ -48,7 +48,9 @@ def classic(name: str) -> Callable[[Path], None]:
 
 def makers(module: ModuleType) -> dict[str, Callable[[Path], None]]:
     """Functions of one path, in the order in which they stand in the file."""
-    found = (one for one in vars(module).values() if callable(one) and getattr(one, "__module__", "") == module.__name__)
+    found = (
+        one for one in vars(module).values() if callable(one) and getattr(one, "__module__", "") == module.__name__
+    )
     return {one.__name__: one for one in found if list(getattr(one, "__annotations__", {})) == ["path", "return"]}
 
 

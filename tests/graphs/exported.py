@@ -253,7 +253,7 @@ def bert(path: Path) -> None:
         max_position_embeddings=64, num_labels=3,
     )  # fmt: skip
     model = First(transformers.BertForSequenceClassification(config), "input_ids", "attention_mask", "token_type_ids")
-    free = {name: TOKENS for name in model.names}
+    free = dict.fromkeys(model.names, TOKENS)
     trace(path, model, (*IDS, torch.zeros_like(IDS[0])), axes=free, outputs=["logits"])
 
 
@@ -264,7 +264,7 @@ def distilbert(path: Path) -> None:
         vocab_size=50, dim=16, n_layers=1, n_heads=2, hidden_dim=32, max_position_embeddings=64
     )
     model = First(transformers.DistilBertModel(config), "input_ids", "attention_mask")
-    trace(path, model, IDS, axes={name: TOKENS for name in model.names}, outputs=["hidden"])
+    trace(path, model, IDS, axes=dict.fromkeys(model.names, TOKENS), outputs=["hidden"])
 
 
 def _gpt2() -> Any:
@@ -276,7 +276,7 @@ def _gpt2() -> Any:
 
 def gpt2(path: Path) -> None:
     model = First(_gpt2(), "input_ids", "attention_mask", use_cache=False)
-    trace(path, model, IDS, axes={name: TOKENS for name in model.names}, outputs=["logits"])
+    trace(path, model, IDS, axes=dict.fromkeys(model.names, TOKENS), outputs=["logits"])
 
 
 def gpt2_with_past(path: Path) -> None:
@@ -307,7 +307,7 @@ def t5_encoder(path: Path) -> None:
 
     config = transformers.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     model = First(transformers.T5EncoderModel(config), "input_ids", "attention_mask")
-    trace(path, model, IDS, axes={name: TOKENS for name in model.names}, outputs=["hidden"])
+    trace(path, model, IDS, axes=dict.fromkeys(model.names, TOKENS), outputs=["hidden"])
 
 
 def vit(path: Path) -> None:

@@ -101,7 +101,10 @@ def shape_input(path: Path) -> None:
 
 def top_k(path: Path) -> None:
     """How many to keep is an input."""
-    save(path, "g (float[batch,16] x, int64[1] k) => (float[batch,kept] y, int64[batch,kept] where) { y, where = TopK(x, k) }")
+    save(
+        path,
+        "g (float[batch,16] x, int64[1] k) => (float[batch,kept] y, int64[batch,kept] where) { y, where = TopK(x, k) }",
+    )
 
 
 def resize_to(path: Path) -> None:
@@ -158,11 +161,19 @@ def int_arithmetic(path: Path) -> None:
 
 
 def float16_in(path: Path) -> None:
-    save(path, "g (float16[batch,8] x) => (float16[batch,3] y) { m = MatMul(x, w)\n y = Softmax<axis=-1>(m) }", w=normal(8, 3, dtype="float16"))
+    save(
+        path,
+        "g (float16[batch,8] x) => (float16[batch,3] y) { m = MatMul(x, w)\n y = Softmax<axis=-1>(m) }",
+        w=normal(8, 3, dtype="float16"),
+    )
 
 
 def float64_in(path: Path) -> None:
-    save(path, "g (double[batch,8] x) => (double[batch,3] y) { m = MatMul(x, w)\n y = Tanh(m) }", w=normal(8, 3, dtype="float64"))
+    save(
+        path,
+        "g (double[batch,8] x) => (double[batch,3] y) { m = MatMul(x, w)\n y = Tanh(m) }",
+        w=normal(8, 3, dtype="float64"),
+    )
 
 
 def bfloat16_in(path: Path) -> None:

@@ -16,8 +16,6 @@ import torch
 from tests.graphs.catalog import BACKENDS, BUILT, GRAPHS, MENDED, Graph
 
 from bmctl.backends import BACKENDS as MODULES
-from bmctl.core.onnxgraph import read_signature
-from bmctl.core.runner import shown
 from bmctl.engine.context import StageContext
 from bmctl.engine.deployment.export import export_package
 from bmctl.engine.intake.importing import import_stage
@@ -79,6 +77,7 @@ def judge(graph: Graph, folder: Path, *, backends: Sequence[str] = BACKENDS) -> 
 def bare(path: Path) -> Verdict:
     """TensorRT-RTX's parser and builder, with a profile of 1, 8 and 64 for whatever is free."""
     import tensorrt_rtx as trt
+
     from bmctl.backends.trt_engine import find_logger
 
     logger = find_logger(trt)
@@ -113,7 +112,12 @@ def main(names: Sequence[str]) -> int:
             found = judge(graph, Path(folder))
             path = Path(folder) / f"{graph.name}.onnx"
             rows.append((graph, path, found, bare(path)))
-            print(graph.name, {k: (v.what, v.why[:300], v.proof[:150]) for k, v in found.items()}, rows[-1][3].what, flush=True)
+            print(
+                graph.name,
+                {k: (v.what, v.why[:300], v.proof[:150]) for k, v in found.items()},
+                rows[-1][3].what,
+                flush=True,
+            )
     return 0
 
 

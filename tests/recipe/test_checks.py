@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from bmctl.recipe import load_recipe
@@ -33,6 +35,17 @@ def found(text: str) -> list[str]:
             "gates.min_speedup",
             "`export.baseline` is false",
         ),
+        ("name: r\ngates: {metrics: {loss: {max: 1}}}", "gates.metrics", "no metric"),
+        (FULL + "gates: {max_drop: 1.5}", "gates.max_drop", "must be at most 1, got 1.5"),
+        (
+            FULL + "gates: {metrics: {macrof1: {min: 0.8}}}",
+            "gates.metrics.macrof1",
+            "classify has no such metric; it has accuracy, macro_f1, loss",
+        ),
+        (FULL + "gates: {metrics: {accuracy: {min: 90}}}", "gates.metrics.accuracy.min", "must be at most 1, got 90"),
+        (FULL + "gates: {metrics: {macro_f1: {max_drop: 2}}}", "gates.metrics.macro_f1.max_drop", "at most 1, got 2"),
+        (FULL + "gates: {metrics: {loss: {}}}", "gates.metrics.loss", "has no limit"),
+        (FULL + "gates: {metrics: {loss: {min: 2, max: 1}}}", "gates.metrics.loss", "min <= max, got 2, 1"),
         ("name: r\nmodel: {name: bmctl:mlp, pretrained: true}", "model.pretrained", "no published weights"),
         ("name: r\nmodel: {name: bmctl:rescn}", "model.name", "must be one of"),
         ("name: r\nmodel: {name: bmctl:rescnn, args: {widht: 8}}", "model.args.widht", "takes no such argument"),
@@ -90,6 +103,8 @@ def test_contradictions(text: str, path: str, words: str) -> None:
         FULL + "compress: [{method: svd}, {method: svd, name: svd-2}, {method: ptq}, {method: cast}]",
         FULL + "export: {axes: {batch: {max: 32}}, backends: [{name: openvino}]}",
         FULL + "gates: {min_speedup: 2, max_drop: 0.1}",
+        FULL + "gates: {metrics: {loss: {max: 3, max_drop: 1.5}, accuracy: {min: 0.9, max_drop: 0.01}}}",
+        FULL + "gates: {metrics: {loss: 3, accuracy: {min: x}}}",  # the sections' models report it
         FULL + "train: {batch_size: 12}\nlaunch: {nproc: 4}",
         "name: r\ncompress: [{method: svd}]",
         # nonsense that the models of the sections report
@@ -103,3 +118,12 @@ def test_what_is_no_contradiction(text: str) -> None:
 
 def test_the_built_in_recipe_has_none() -> None:
     load_recipe("fashion-mnist")
+
+
+@pytest.mark.parametrize("given", ["", "input: {}", "input: image", "input: {size: 8}", "input: {kind: image}"])
+def test_the_kind_of_an_input_follows_from_the_source(given: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(f"name: r\ndata:\n  source: digits\n  {given}\n")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.data is not None
+    assert recipe.data.input.kind == "image"
+    assert recipe.data.input.size == (8 if "size" in given else None)

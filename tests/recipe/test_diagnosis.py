@@ -60,6 +60,7 @@ def told(tmp_path: Path, text: str) -> str:
         ("train: {optimizer: {lr: 1e999}}", r"must be a finite number, got \.inf"),
         ("seed: -1", r"seed: must be at least 0, got -1"),
         ("seed: 5000000000", r"seed: must be less than 4294967296, got 5000000000"),
+        ("gates: {metrics: {loss: {mx: 1}}}", r"loss\.mx: unknown key\n    hint: did you mean max\?"),
         ("gates: {max_drop: 1.5}", r"4:9: gates\.max_drop: must be at most 1, got 1\.5"),
         # choices
         ("launch: {device: gpu}", r'4:10: launch\.device: must be one of auto, cpu, cuda, got "gpu"$'),

@@ -32,25 +32,26 @@ def test_numbers_agree_with_scikit_learn() -> None:
     found = evaluate(logits, labels)
     predicted = logits.argmax(axis=1)
     probabilities = torch.softmax(torch.from_numpy(logits).double(), dim=1).numpy()
-    assert found.metric == "accuracy"
-    assert found.value == pytest.approx((predicted == labels).mean())
-    assert np.array_equal(found.scores, (predicted == labels).astype(np.float32))
-    assert found.scores.dtype == np.float32
+    assert list(found.values) == list(classify.METRICS) == ["accuracy", "macro_f1", "loss"]
+    assert (found.name, found.value) == ("accuracy", (predicted == labels).mean())
+    assert np.array_equal(found.counts[:, :2], np.stack([labels, predicted], axis=1))
+    assert np.array_equal(classify.means(found.counts)["accuracy"], predicted == labels)
+    assert found.values == classify.metrics(found.counts)
     assert found.baseline == pytest.approx(np.bincount(labels).max() / 50)
-    assert found.extra["loss"] == pytest.approx(log_loss(labels, probabilities, labels=range(4)), rel=1e-5)
-    assert found.extra["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
+    assert found.values["loss"] == pytest.approx(log_loss(labels, probabilities, labels=range(4)), rel=1e-5)
+    assert found.values["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
 
 
 def test_the_batches_do_not_matter() -> None:
     logits, labels = RNG.normal(size=(23, 3)).astype(np.float32), RNG.integers(0, 3, 23)
     one, many = evaluate(logits, labels, size=23), evaluate(logits, labels, size=4)
-    assert np.array_equal(one.scores, many.scores)
-    assert one.extra["loss"] == pytest.approx(many.extra["loss"], rel=1e-6)
+    assert np.array_equal(one.counts[:, :2], many.counts[:, :2])
+    assert one.values["loss"] == pytest.approx(many.values["loss"], rel=1e-6)
 
 
 def test_large_logits_do_not_overflow() -> None:
     found = evaluate(np.array([[1e5, 0.0], [-1e5, 1e5]], np.float32), np.array([0, 0]))
-    assert found.extra["loss"] == pytest.approx(1e5)
+    assert found.values["loss"] == pytest.approx(1e5)
 
 
 @pytest.mark.parametrize(
@@ -112,5 +113,5 @@ def test_every_task_has_what_the_engine_calls(kind: str) -> None:
     model = torch.nn.Identity()
     assert list(task.parts(model).values()) == [model]
     assert task.GIVES and all(isinstance(name, str) for name in task.GIVES)
-    for name in ("loss", "score", "distill_loss", "evaluate"):
+    for name in ("loss", "score", "distill_loss", "evaluate", "metrics", "means", "predict"):
         assert callable(getattr(task, name))

@@ -20,6 +20,7 @@ class Backend(Protocol):
         PROFILED: They are built for a range of sizes of each free axis, and run no others.
         FLAG: ``--FLAG`` of `bmctl export` takes the best backend of this machine among those that name it; or empty.
         ANYWHERE: Where machines without its hardware build artifacts as well, the hardware that these run on; or empty.
+        DEVICE: Where its artifacts compute: ``cpu`` or ``cuda``.
     """
 
     Config: type[Strict]
@@ -27,6 +28,7 @@ class Backend(Protocol):
     PROFILED: bool
     FLAG: str
     ANYWHERE: str
+    DEVICE: str
 
     def unavailable(self, config: Strict) -> str:
         """Why this machine cannot run artifacts of this backend, or the empty string."""

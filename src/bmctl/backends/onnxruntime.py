@@ -20,6 +20,7 @@ SUFFIX = ".onnx"
 PROFILED = False
 FLAG = ""
 ANYWHERE = ""
+DEVICE = "cpu"
 
 ERRORS = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile", "RuntimeException")
 

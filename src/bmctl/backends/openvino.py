@@ -25,6 +25,7 @@ SUFFIX = ".onnx"
 PROFILED = False
 FLAG = ""
 ANYWHERE = ""
+DEVICE = "cpu"
 
 
 class Config(Strict):

@@ -18,6 +18,7 @@ SUFFIX = ".engine"
 PROFILED = True
 FLAG = "tensorrt"
 ANYWHERE = ""
+DEVICE = "cuda"
 
 
 class Config(Strict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -56,8 +57,7 @@ def is_channels_last(tensor: torch.Tensor) -> bool:
 
 def device_of(model: nn.Module) -> torch.device:
     """Where the first parameter or buffer lies; the CPU for a module without any."""
-    held = next(model.parameters(), None)
-    held = held if held is not None else next(model.buffers(), None)
+    held = next(chain(model.parameters(), model.buffers()), None)
     return held.device if held is not None else torch.device("cpu")
 
 

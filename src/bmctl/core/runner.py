@@ -143,6 +143,14 @@ class Batched:
         pass
 
 
+def feed_of(runner: Runner, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a graph takes of a batch: by its own names, or where it has others, as a foreign one, by position."""
+    inputs = runner.signature.inputs
+    if all(spec.name in batch for spec in inputs):
+        return {spec.name: batch[spec.name] for spec in inputs}
+    return {spec.name: array for spec, array in zip(inputs, batch.values(), strict=False)}
+
+
 def batch_axes(runner: Runner) -> tuple[dict[str, int], Bounds]:
     """Along which axis of each input and output samples lie, and how many of them one call takes.
 

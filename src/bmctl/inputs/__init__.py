@@ -95,6 +95,10 @@ class Input(Protocol):
         """What the model takes, in order."""
         ...
 
+    def fitted(self, asked: Strict, inputs: Sequence[TensorSpec]) -> Strict:
+        """The recipe's Config, with what the inputs of a foreign graph leave no choice about."""
+        ...
+
     def told(self, given: Resolved) -> dict[str, Any]:
         """What a model's constructor must know besides, such as the size of a vocabulary."""
         ...

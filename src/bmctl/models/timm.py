@@ -49,7 +49,7 @@ def published(config: ModelConfig) -> Published:
     if not config.pretrained:
         return Published(input=PublishedImage(size=(height, width) if record.fixed_input_size else None))
     _check_published(config.name, record)
-    # timm truncates where our crop rounds: this fraction leads to the same pixel. (Three of 1,800 sets of weights pad
+    # timm truncates where Preprocess rounds: this fraction leads to the same pixel. (Three of 1,800 sets of weights pad
     # instead, crop_pct 1.15: they get no margin.)
     shorter = max(height, math.floor(height / record.crop_pct))
     squash = record.crop_mode == "squash" and record.crop_pct == 1.0

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from bmctl.backends import BACKENDS
+from bmctl.core.evaluation import SHARE, Metric, main_metric
 from bmctl.fit import Fit
 from bmctl.inputs import INPUTS
 from bmctl.methods import METHODS
@@ -15,6 +16,7 @@ from bmctl.recipe.diagnosis import did_you_mean, own_models, shown
 from bmctl.recipe.sections import ExportConfig, LaunchConfig, MeasureConfig, input_kind
 from bmctl.recipe.yamlio import KeyPath
 from bmctl.schema import BATCH, Span
+from bmctl.tasks import TASKS
 
 T = TypeVar("T")
 Found = Iterator[tuple[KeyPath, str, str]]
@@ -27,6 +29,7 @@ def check_sections(data: Mapping[str, Any]) -> Found:
         Key path, message and hint.
     """
     yield from check_needs(data)
+    yield from check_gates(data)
     yield from check_launch(data)
     yield from check_loops(data)
     yield from check_axes(data)
@@ -55,13 +58,6 @@ def check_needs(data: Mapping[str, Any]) -> Found:
         yield ("train",), "training needs a `model` section", "add `model: bmctl:rescnn`"
     if has(data, "task") and not has(data, "data"):
         yield ("task",), "a task needs a `data` section", "add `data: {source: bundled}`, or remove the task"
-    gates = get(data, ("gates",), dict, {})
-    if gates.get("max_drop") is not None and not has(data, "data"):
-        message = "without a `data` section there is no metric that could drop"
-        yield ("gates", "max_drop"), message, "remove the gate, or add `data`"
-    if gates.get("min_speedup") is not None and not get(data, ("export", "baseline"), bool, True):
-        message = "a speedup is against the uncompressed model, and `export.baseline` is false"
-        yield ("gates", "min_speedup"), message, "remove the gate, or set export.baseline to true"
     name = get(data, ("model", "name"), str, "")
     if name.startswith("bmctl:") and name not in own_models():
         message = f"must be one of {', '.join(own_models())}, got {shown(name)}"
@@ -71,6 +67,52 @@ def check_needs(data: Mapping[str, Any]) -> Found:
     if name in own_models():
         for key, message, hint in own.problems(name, get(data, ("model", "args"), dict, {})):
             yield ("model", "args", key), message, hint
+
+
+def check_gates(data: Mapping[str, Any]) -> Found:
+    """Gates on what is not measured, or that nothing could pass."""
+    gates = get(data, ("gates",), dict, {})
+    if gates.get("min_speedup") is not None and not get(data, ("export", "baseline"), bool, True):
+        message = "a speedup is against the uncompressed model, and `export.baseline` is false"
+        yield ("gates", "min_speedup"), message, "remove the gate, or set export.baseline to true"
+    by_name = get(data, ("gates", "metrics"), dict, {})
+    if not has(data, "data"):
+        for key in [key for key in ("max_drop", "metrics") if gates.get(key)]:
+            message = "without a `data` section there is no metric" + (" that could drop" if key == "max_drop" else "")
+            yield ("gates", key), message, "remove the gate, or add `data`"
+    kind = get(data, ("task", "kind"), str, "classify")
+    if kind not in TASKS:
+        return
+    metrics = TASKS[kind].METRICS
+    limits: list[tuple[KeyPath, Metric, Mapping[str, Any]]] = [
+        (("gates",), main_metric(TASKS[kind]), {"max_drop": gates.get("max_drop")})
+    ]
+    for name, limit in by_name.items():
+        if limit == {}:
+            yield ("gates", "metrics", name), "has no limit", f"give one: {name}: {{max_drop: 0.01}}"
+        elif name in metrics:
+            limits.append((("gates", "metrics", name), metrics[name], limit if isinstance(limit, Mapping) else {}))
+        else:
+            message = f"{kind} has no such metric; it has {', '.join(metrics)}"
+            yield ("gates", "metrics", name), message, did_you_mean(str(name), metrics)
+    for path, metric, limit in limits:
+        yield from check_limits(path, metric, limit)
+
+
+def check_limits(path: KeyPath, metric: Metric, limits: Mapping[str, Any]) -> Found:
+    """The gates of one metric: those of a share lie in [0, 1], and there is something between them."""
+    given = {
+        key: float(limit)
+        for key in ("min", "max", "max_drop")
+        if isinstance(limit := limits.get(key), int | float) and not isinstance(limit, bool)
+    }
+    for key, limit in given.items():
+        if metric.unit == SHARE and limit > 1:
+            hint = f"{metric.name} is a fraction: write {limit / 100:g}" if limit <= 100 else ""
+            yield (*path, key), f"must be at most 1, got {limits[key]!r}", hint
+    if given.get("min", -math.inf) > given.get("max", math.inf):
+        message = f"must be min <= max, got {limits['min']}, {limits['max']}"
+        yield path, message, f"{metric.name}: {{min: {limits['max']}, max: {limits['min']}}}"
 
 
 def check_launch(data: Mapping[str, Any]) -> Found:

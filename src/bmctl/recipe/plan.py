@@ -83,12 +83,16 @@ def export_text(recipe: Recipe) -> str:
 
 def gate_texts(gates: GatesConfig) -> Iterator[str]:
     if gates.max_drop is not None:
-        yield f"metric drops by at most {gates.max_drop}"
+        yield f"metric worse by at most {gates.max_drop}"
+    for name, limits in gates.metrics.items():
+        for key, words in (("min", "at least"), ("max", "at most"), ("max_drop", "worse by at most")):
+            if (limit := getattr(limits, key)) is not None:
+                yield f"{name} {words} {limit}"
     if gates.min_speedup is not None:
         yield f"at least {gates.min_speedup} times as fast"
     if gates.max_size_bytes is not None:
         yield f"at most {gates.max_size_bytes} bytes"
     if gates.max_latency_ms is not None:
         yield f"at most {gates.max_latency_ms} ms a batch"
-    if gates.allow_unrun and any(value is not None for key, value in gates if key != "allow_unrun"):
+    if gates.allow_unrun and any(value not in (None, {}) for key, value in gates if key != "allow_unrun"):
         yield "what cannot run here passes"

@@ -11,7 +11,7 @@ from bmctl.fit import Fit
 from bmctl.inputs import INPUTS, InputConfig
 from bmctl.methods import METHODS
 from bmctl.models import ModelConfig
-from bmctl.schema import BATCH, Count, Many, Positive, Ratio, Span, Strict
+from bmctl.schema import BATCH, Count, Many, NotNegative, Positive, Span, Strict
 from bmctl.sources import SOURCES
 from bmctl.tasks import TASKS
 
@@ -154,19 +154,34 @@ class InferConfig(Strict):
     batch_size: Count = 64
 
 
+class MetricGates(Strict):
+    """What one of the task's metrics must hold on test data, in its unit (a share as a fraction); None is no gate.
+
+    Attributes:
+        max_drop: By how much it may be worse than the trained model's, whichever way is better.
+    """
+
+    min: float | None = None
+    max: float | None = None
+    max_drop: NotNegative | None = None
+
+
 class GatesConfig(Strict):
     """What a shipped artifact must hold; each None is no gate.
 
     Attributes:
         backends: Whose artifacts are judged; None is all of them.
-        max_drop: Of the task's metric on test data against the trained model, as a fraction.
+        max_drop: Of the task's main metric on test data: by how much it may be worse than the trained model's, in its
+            unit (a share, such as accuracy, as a fraction).
+        metrics: The same and more for any metric of the task, by its name.
         min_speedup: Samples per second against the uncompressed model on the same backend, in the same rounds.
         max_latency_ms: Median of one batch of `export.measure.batch_size`.
         allow_unrun: Let pass what was built here but cannot be run here.
     """
 
     backends: Many[BackendName] | None = None
-    max_drop: Ratio | None = None
+    max_drop: NotNegative | None = None
+    metrics: dict[str, MetricGates] = Field(default_factory=dict)
     min_speedup: Positive | None = None
     max_size_bytes: Count | None = None
     max_latency_ms: Positive | None = None

@@ -104,10 +104,12 @@ def step_to(path: KeyPath, data: Any) -> tuple[list[Json], Any]:
     nodes, value = [resolved_schema()], data
     for key in path:
         inner = [
-            node.get("items") if isinstance(key, int) else node.get("properties", {}).get(key)
+            node.get("items")
+            if isinstance(key, int)
+            else node.get("properties", {}).get(key, node.get("additionalProperties"))
             for node in resolved(nodes, value)
         ]
-        nodes = list(referred([node for node in inner if node]))
+        nodes = list(referred([node for node in inner if isinstance(node, Mapping)]))
         inside = (isinstance(value, dict) and key in value) or (isinstance(value, list) and isinstance(key, int))
         value = value[key] if inside else None
     return nodes, value

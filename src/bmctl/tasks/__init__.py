@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType, ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from bmctl.core.columns import Column
-from bmctl.core.evaluation import Evaluation
+from bmctl.core.evaluation import Evaluation, Metric
 from bmctl.core.runner import Runner
 from bmctl.schema import Signature, Strict, TensorSpec
 from bmctl.tasks import classify
@@ -68,13 +68,14 @@ class Task(Protocol):
         Facts: What the task must know of the data to be run again without them; manifests keep it.
         GIVES: Names of the model's outputs, in the order in which it gives them.
         COLUMNS: Of a prediction that fit in a table.
+        METRICS: By name, the main one first; see core.evaluation.Counting for what reads an evaluation's counts.
     """
 
     Config: type[Strict]
     Facts: type[Strict]
     GIVES: tuple[str, ...]
     COLUMNS: tuple[str, ...]
-    METRIC: ClassVar[str]
+    METRICS: Mapping[str, Metric]
 
     def needs(self, config: Any) -> tuple[str, ...]:
         """Columns that the targets are taken from: the model does not see them."""
@@ -119,6 +120,8 @@ class Task(Protocol):
         """
         ...
 
+    def metrics(self, counts: np.ndarray) -> dict[str, float]: ...
+    def means(self, counts: np.ndarray) -> dict[str, np.ndarray]: ...
     def predict(
         self, runners: Mapping[str, Runner], batch: Mapping[str, np.ndarray], *, config: Any, facts: Any
     ) -> Iterator[dict[str, Any]]:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from bmctl.core.columns import Class, Column
-from bmctl.core.evaluation import Evaluation
-from bmctl.core.runner import Runner
+from bmctl.core.evaluation import SHARE, Evaluation, Metric
+from bmctl.core.runner import Runner, feed_of
 from bmctl.errors import DataError, DivergedError
 from bmctl.schema import BATCH, Many, Ratio, Signature, Strict, TensorSpec
 
@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-METRIC = "accuracy"
+METRICS: Mapping[str, Metric] = {
+    metric.name: metric
+    for metric in (Metric("accuracy", unit=SHARE), Metric("macro_f1", unit=SHARE), Metric("loss", "lower", "nats"))
+}
+TARGET, PREDICTED, LOSS = range(3)
+"""Columns of an evaluation's counts."""
 GIVES = ("logits",)
 LABEL = "label"
 COLUMNS = ("class_name", "class_index", "score")
@@ -180,7 +185,7 @@ def words(prediction: Mapping[str, Any]) -> str:
 def evaluate(
     runners: Mapping[str, Runner], batches: Iterable[Mapping[str, np.ndarray]], *, config: Config
 ) -> Evaluation:
-    """Accuracy on one split, with the loss (without label smoothing) and macro F1 in `extra`.
+    """Accuracy, macro F1 and the loss (without label smoothing) on one split; the trivial predictor is the majority.
 
     Args:
         runners: ``{"model": ...}``, from what the input gives to logits [n, K].
@@ -193,35 +198,45 @@ def evaluate(
     """
     import numpy as np
 
-    predicted, target, losses = [], [], []
+    rows = []
     for batch in batches:
         labels = batch[LABEL]
         logits = _logits(runners["model"], batch).astype(np.float32, copy=False)
         _check(logits, labels)
-        predicted.append(logits.argmax(axis=1))
-        target.append(labels)
         shifted = logits - logits.max(axis=1, keepdims=True)
-        losses.append(np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels])
-    if not target:
+        losses = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]
+        rows.append(np.stack([labels, logits.argmax(axis=1), losses], axis=1, dtype=np.float64))
+    if not rows:
         raise DataError("there is nothing to evaluate: the split is empty")
-    predictions, labels = np.concatenate(predicted), np.concatenate(target)
-    scores = (predictions == labels).astype(np.float32)
-    return Evaluation(
-        metric=METRIC,
-        value=float(scores.mean(dtype=np.float64)),
-        scores=scores,
-        baseline=float(np.bincount(labels).max() / len(labels)),
-        extra={
-            "loss": float(np.concatenate(losses).mean(dtype=np.float64)),
-            "macro_f1": macro_f1(predictions, labels),
-        },
-    )
+    counts = np.concatenate(rows)
+    majority = np.bincount(counts[:, TARGET].astype(np.intp)).max() / len(counts)
+    return Evaluation("classify", counts, metrics(counts), baseline=float(majority))
 
 
 def _logits(runner: Runner, batch: Mapping[str, np.ndarray]) -> np.ndarray:
     """Of the one output, whatever a foreign graph calls it."""
-    outputs = runner.run({spec.name: batch[spec.name] for spec in runner.signature.inputs})
+    outputs = runner.run(feed_of(runner, batch))
     return outputs[runner.signature.outputs[0].name]
+
+
+def metrics(counts: np.ndarray) -> dict[str, float]:
+    """Every metric of METRICS.
+
+    Args:
+        counts: float64 [N, 3], columns TARGET, PREDICTED and LOSS.
+    """
+    import numpy as np
+
+    target, predicted = (counts[:, column].astype(np.intp) for column in (TARGET, PREDICTED))
+    mean = {name: float(scores.mean()) for name, scores in means(counts).items()}
+    return {"accuracy": mean["accuracy"], "macro_f1": macro_f1(predicted, target), "loss": mean["loss"]}
+
+
+def means(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Per sample, float64 [N]: hits of 0 and 1, and cross-entropy."""
+    import numpy as np
+
+    return {"accuracy": (counts[:, TARGET] == counts[:, PREDICTED]).astype(np.float64), "loss": counts[:, LOSS]}
 
 
 def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:

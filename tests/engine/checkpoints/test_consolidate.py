@@ -10,7 +10,6 @@ import pytest
 import torch
 from tests.engine.intake.test_importing import WITH_DATA, Events, make_context, message_of, rescnn  # noqa: F401  (a fixture)
 from tests.engine.ranks import on_ranks
-from tests.specs import image_spec
 from torch.distributed.fsdp import fully_shard
 
 from bmctl import package, pipeline

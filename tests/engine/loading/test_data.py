@@ -439,3 +439,32 @@ def test_a_stream_is_evaluated_in_one_pass(tmp_path: Path, monkeypatch: pytest.M
     assert np.array_equal(np.concatenate([batch["label"] for batch in batches]), labels(chosen))
     calib = split("calib", source=source, calib={"limit": 9})
     assert np.bincount(labels(calib)).tolist() == [3, 3, 3]
+
+
+# -- opening ----------------------------------------------------------------------------------------
+
+
+def test_a_source_is_opened_once_whatever_is_asked_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bmctl.sources import digits
+
+    seen: list[str] = []
+    whole = digits.open
+    monkeypatch.setattr(digits, "open", lambda config, *, split: seen.append(split) or whole(config, split=split))
+    one = opened()
+    given = data.resolve_input(one)
+    for name in ("train", "val", "calib", "train"):
+        data.open_split(one, name=name, given=given)
+    data.data_fingerprint(one)
+    assert sorted(seen) == ["train", "val"]  # the test split is nobody's business before it is asked for
+    check_leaks(one)
+    assert sorted(seen) == ["test", "train", "val"]
+
+
+def test_a_task_without_classes_takes_samples_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bmctl.core.chance import shuffled
+    from bmctl.tasks import classify
+
+    monkeypatch.setattr(classify, "balance", lambda config: None)
+    chosen = split(train={"limit": 25})
+    assert np.array_equal(chosen.indices, shuffled(len(chosen.samples), keys=())[:25])
+    assert len(set(np.bincount(labels(chosen), minlength=10))) > 2

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from bmctl.engine.batch import call, rows
 from bmctl.engine.computing.precision import Precision
 from bmctl.engine.computing.recompute import recompute_blocks
 from bmctl.engine.loading.order import share_of
@@ -246,11 +247,68 @@ def test_parameters_that_get_no_gradient(traced: bool) -> None:
             return self.used(x if traced or float(x.sum()) else -x)
 
     def work(group: Group) -> dict[str, Any]:
-        return train(shared(make(Partly), group), group, optimizer=AdamW(), parts=2)
+        one = shared(make(Partly), group)
+        if group.world > 1:
+            assert one.forward.find_unused_parameters
+            assert ("looked for in every step: the model cannot be traced" in one.reason) != traced
+        return train(one, group, optimizer=AdamW(), parts=2)
 
     first, second = (each.value for each in on_ranks(2, work))
     (alone,) = (each.value for each in on_ranks(1, work))
     assert mean([first["losses"], second["losses"]]) == pytest.approx(alone["losses"], rel=1e-5)
+
+
+class Tokens(nn.Module):
+    """Sees ids and a mask, and keeps a buffer that is neither floating point nor a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(20, 16), nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 3))
+        self.register_buffer("places", torch.arange(64))
+        self.register_buffer("known", torch.ones(20, dtype=torch.bool))
+
+    def forward(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> dict[str, torch.Tensor]:
+        x_BTE = (
+            self.table(ids_BT) * (mask_BT & self.known[ids_BT])[..., None] + 0.01 * self.places[: ids_BT.shape[1], None]
+        )
+        return {"hidden": x_BTE, "logits": self.head(x_BTE.mean(1)), "longest": mask_BT.sum(1)}
+
+
+IDS = [
+    TensorSpec(name="ids", dtype="int64", shape=(BATCH, "tokens")),
+    TensorSpec(name="mask", dtype="bool", shape=(BATCH, "tokens")),
+]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_model_of_tokens(strategy: str) -> None:
+    """Takes two tensors, gives three by name; no parameter is looked for in any step."""
+
+    def work(group: Group) -> list[Any]:
+        gives = ["logits", "longest"]
+        one = shared(make(Tokens), group, strategy, given=IDS, gives=gives, sizes={"tokens": 7})
+        assert strategy == "fsdp" or group.world == 1 or not one.forward.find_unused_parameters
+        assert "traced" not in one.reason
+        optimizers = build_optimizer(one.model, AdamW())
+        chance = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            ids = torch.randint(20, (8, 7), generator=chance)
+            batch = {"ids": ids, "mask": ids > 5, "label": ids.sum(1) % 3}
+            mine = rows(batch, share_of(8, rank=group.rank, world=group.world))
+            with one.exchange(True):
+                outputs = call(one.forward, mine, takes=one.takes, gives=one.gives)
+                nn.functional.cross_entropy(outputs["logits"], mine["label"]).backward()
+            optimizers.step()
+            optimizers.zero_grad()
+        found = one.outputs(rows(batch, slice(0, 5)))
+        assert (list(found), found["longest"].dtype) == (gives, torch.int64)
+        return [each.tolist() for each in found.values()]
+
+    first, second = (each.value for each in on_ranks(2, work))
+    (alone,) = (each.value for each in on_ranks(1, work))
+    assert first == second
+    assert apart(first[0], alone[0]) < 1e-4
+    assert first[1] == alone[1]
 
 
 def test_observers_follow_rank_0_in_training() -> None:

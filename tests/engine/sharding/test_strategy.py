@@ -121,9 +121,48 @@ def test_a_model_that_asks_for_numbers_is_not_traced() -> None:
 
     found = outline_of(Asking(4, 4), given=FOUR, gives=["y"])
     assert (found.activation_bytes, found.unused) == (None, None)
+    assert found.untraced.startswith("DataDependentOutputException: ")
     given = {"fit": Fit(), "launch": LaunchConfig(), "world": 2, "batch_size": 8, "memory_bytes": 2**30}
     assert "without activations: the model cannot be traced" in choose(found, **given)[1]
     assert "traced" not in choose(outline_of(nn.Linear(4, 4), given=FOUR, gives=["y"]), **given)[1]
+
+
+class Tokens(nn.Module):
+    """Sees nothing but ids and a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head, self.unused = nn.Embedding(20, 8), nn.Linear(8, 3), nn.Linear(2, 2)
+
+    def forward(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+        return self.head((self.table(ids_BT) * mask_BT[..., None]).mean(1))
+
+
+TOKENS = [
+    TensorSpec(name="ids", dtype="int64", shape=(BATCH, "tokens")),
+    TensorSpec(name="mask", dtype="bool", shape=(BATCH, "tokens")),
+]
+
+
+def test_ids_and_masks_are_traced_at_the_size_of_a_batch() -> None:
+    found = [outline_of(Tokens(), given=TOKENS, gives=["y"], sizes={"tokens": size}) for size in (16, 32)]
+    assert [each.unused for each in found] == [("unused.weight", "unused.bias")] * 2
+    # Of a token its id and its mask are kept, for the gradients of the table and of what is masked.
+    assert found[1].activation_bytes - found[0].activation_bytes == 16 * (8 + 1)
+    assert found[0].untraced == ""
+
+
+def test_encoders_of_transformers_are_traced() -> None:
+    """They ask a plain meta tensor whether anything is masked, and it cannot tell."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    small = BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, num_labels=3
+    )
+    given = [TOKENS[0], TOKENS[1].model_copy(update={"dtype": "int64"})]
+    found = outline_of(BertForSequenceClassification(small), given=given, gives=["logits"], sizes={"tokens": 16})
+    assert (found.unused, found.untraced) == ((), "")
+    assert found.activation_bytes is not None and found.activation_bytes > 16 * 8 * 4
 
 
 def test_a_copy_on_meta_keeps_ties_and_freezes() -> None:

@@ -145,7 +145,7 @@ def open_runners(deployed: Deployed, stack: ExitStack) -> dict[str, Runner]:
 
 def save_sample(path: Path, calls: Iterable[Call]) -> None:
     """One call of each part, under ``PART/inputs/NAME`` and ``PART/outputs/NAME``."""
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for call in calls:
         for kind, found in (("inputs", call.feed), ("outputs", call.outputs)):
             arrays |= {f"{call.part}/{kind}/{name}": np.ascontiguousarray(array) for name, array in found.items()}

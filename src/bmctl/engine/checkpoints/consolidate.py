@@ -22,6 +22,7 @@ from bmctl.package import Structure
 from bmctl.recipe import Recipe
 from bmctl.restore import restored
 from bmctl.schema import Many, Signature, Strict
+from bmctl.tasks import TASKS
 
 
 class About(Strict):
@@ -89,6 +90,19 @@ def read_recipe(about: About) -> Recipe | None:
         return Recipe.model_validate_json(json.dumps(about.recipe)) if about.recipe is not None else None
     except ValidationError as error:
         raise PackageError(f"the checkpoint's recipe is none: {error.errors()[0]['msg']}") from error
+
+
+def task_of(about: About) -> tuple[Any, Any]:
+    """The Config of the task that was trained for, and its facts.
+
+    Raises:
+        PackageError: There is no such task, or they are not its own.
+    """
+    try:
+        task = TASKS[(about.task or {})["kind"]]
+        return task.Config.model_validate_json(json.dumps(about.task)), task.Facts.model_validate(about.facts)
+    except (KeyError, ValidationError) as error:
+        raise PackageError(f"the checkpoint does not say for which task it was trained: {error}") from error
 
 
 def load_model(found: Checkpoint, about: About) -> tuple[nn.Module, str]:

@@ -90,7 +90,8 @@ class Saver:
         Args:
             snapshot: Of this process; plain tensors count on rank 0 alone, but for those of `task`. `state.random` and
                 `state.progress` hold this rank's alone.
-            fields: Of the manifest: stage, best_step, num_steps, identity, threads, device, strategy, mesh, about.
+            fields: Of the manifest: stage, best_step, num_steps, identity, threads, device, kernels, strategy, mesh,
+                about.
 
         Raises:
             BmctlError: The same on every rank: of this save, where it is not asynchronous, or of the one before.

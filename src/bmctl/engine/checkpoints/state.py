@@ -39,6 +39,7 @@ class CheckpointManifest(Strict):
     Attributes:
         world: Processes that wrote it.
         strategy: How they shared the model: single, ddp or fsdp; `mesh` by the name of each dimension.
+        kernels: Of bmctl's that computed the steps in place of torch's.
         about: What a package of its weights needs: see `importing`.
         parent: Hash of the checkpoint before it.
         files: Every other file.
@@ -54,6 +55,7 @@ class CheckpointManifest(Strict):
     world: int
     threads: int
     device: str
+    kernels: Many[str] = ()
     strategy: str = "single"
     mesh: dict[str, int] = Field(default_factory=dict)
     about: dict[str, Any] = Field(default_factory=dict)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 
 from bmctl import store
+from bmctl.backends import BACKENDS
 from bmctl.core.runner import Batched, Runner, batch_axes
 from bmctl.engine.artifacts.deployed import Deployed, open_runners
 from bmctl.engine.artifacts.recording import Call, replay
@@ -18,6 +20,9 @@ from bmctl.engine.evaluation.appraise import has_metric
 from bmctl.engine.evaluation.evaluate import evaluate_artifact
 from bmctl.package import ModelPackage
 from bmctl.report.rows import Measurements, Timing
+
+PEAKS = 3
+"""Times that memory is measured: peaks differ by a tenth, as freed memory is not always given back."""
 
 
 def prove(context: StageContext, *, original: ModelPackage, deployed: Sequence[Deployed]) -> None:
@@ -49,7 +54,8 @@ def _time(context: StageContext, original: ModelPackage, runnable: Sequence[Depl
         size = _batch_size(next(iter(opened.values())), asked=config.batch_size)
         calls = feeds.timing_calls(context, original, next(iter(opened.values())), num_samples=size)
         latencies = measure.latency({n: _replay(runners, calls) for n, runners in opened.items()}, rounds=config.rounds)
-    hashes = {str(one.path.relative_to(context.run / "deploy")): one.hash for one in runnable}
+    timed = {str(one.path.relative_to(context.run / "deploy")): one for one in runnable}
+    peaks = {name: _peak_memory(one, calls) for name, one in timed.items()}
     found = Measurements(
         batch_size=size,
         machine=measure.machine(),
@@ -60,7 +66,8 @@ def _time(context: StageContext, original: ModelPackage, runnable: Sequence[Depl
                 p99_ms=latency.p99_ms,
                 samples_ms=tuple(latency.samples_ms),
                 throughput=measure.throughput(latency, batch_size=size),
-                artifact=hashes[name],
+                artifact=timed[name].hash,
+                peak_memory_bytes=peaks[name],
             )
             for name, latency in latencies.items()
         },
@@ -78,3 +85,18 @@ def _batch_size(runners: Mapping[str, Runner], *, asked: int) -> int:
 def _replay(runners: Mapping[str, Runner], calls: Sequence[Call]) -> Callable[[], object]:
     batched = {part: Batched(runner) for part, runner in runners.items()}
     return lambda: replay(batched, calls)
+
+
+def _peak_memory(one: Deployed, calls: Sequence[Call]) -> int | None:
+    """What opening an artifact and one batch take of the process; None for engines on a GPU, whose memory that is not.
+
+    A call alone says nothing: from the second on it takes from what a runtime keeps. Its libraries are loaded by now.
+    """
+    if BACKENDS[one.manifest.backend].DEVICE != "cpu":
+        return None
+
+    def once() -> None:
+        with contextlib.ExitStack() as stack:
+            _replay(open_runners(one, stack), calls)()
+
+    return round(median(measure.peak_memory_bytes(once) for _ in range(PEAKS))) or None

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from bmctl.core.comparing import Sampled, interval
 from bmctl.core.evaluation import Evaluation
 from bmctl.core.runner import Batched, Runner
-from bmctl.core.stats import mean_interval
 from bmctl.engine.artifacts.opening import open_model
 from bmctl.engine.artifacts.recording import Call, replay, stretched
 from bmctl.engine.artifacts.reference import open_graph
@@ -21,6 +21,7 @@ from bmctl.engine.evaluation import measure
 from bmctl.engine.evaluation.evaluate import evaluate_parts, keep_evaluation
 from bmctl.inputs import Resolved
 from bmctl.package import Manifest, ModelPackage
+from bmctl.tasks import TASKS
 
 BATCH_SIZE = 16
 ROUNDS = 7
@@ -33,16 +34,21 @@ def has_metric(context: StageContext, given: Resolved | None) -> bool:
 
 
 def metric_of(evaluation: Evaluation) -> dict[str, Any]:
-    """An evaluation as a manifest records it, with its 95 % interval."""
-    low, high = mean_interval(evaluation.scores)
+    """An evaluation as a manifest records it: the task's main metric with its 95 % interval, and every metric."""
+    task = TASKS[evaluation.task]
+    metric = task.METRICS[evaluation.name]
+    (low, high), by = interval(Sampled(evaluation, task), metric.name)
     return {
-        "metric": evaluation.metric,
+        "metric": metric.name,
+        "better": metric.better,
+        "unit": metric.unit,
         "value": float(evaluation.value),
         "low": low,
         "high": high,
+        "interval": by,
         "baseline": float(evaluation.baseline),
-        "num_samples": len(evaluation.scores),
-        "extra": {name: float(value) for name, value in evaluation.extra.items()},
+        "num_samples": len(evaluation.counts),
+        "values": {name: float(value) for name, value in evaluation.values.items()},
     }
 
 

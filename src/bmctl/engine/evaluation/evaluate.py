@@ -120,17 +120,17 @@ def keep_evaluation(
 def _find(context: StageContext, key: scores.Key) -> Evaluation | None:
     path = scores.path_of(context.run, artifact=key.artifact, split=key.split)
     try:
-        scored = scores.read(path)
+        filed = scores.read(path, tasks=TASKS)
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
         _note(context, f"{path} is not readable as an evaluation ({error}): evaluating again")
         return None
-    if scored.key != key:
-        names = [name for name in type(key).model_fields if getattr(key, name) != getattr(scored.key, name)]
+    if filed.key != key:
+        names = [name for name in type(key).model_fields if getattr(key, name) != getattr(filed.key, name)]
         _note(context, f"{path} is of another {', '.join(names)}: evaluating again")
         return None
-    return scores.unpack(scored)
+    return filed.evaluation
 
 
 def _keep(context: StageContext, evaluation: Evaluation, key: scores.Key) -> Path:

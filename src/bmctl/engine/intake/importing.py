@@ -14,21 +14,26 @@ import torch
 from torch import nn
 
 from bmctl import models, store
-from bmctl.core.evaluation import Evaluation
+from bmctl.core.noise import noise
 from bmctl.core.published import Published
 from bmctl.disk import disk_errors
 from bmctl.engine.checkpoints import consolidate
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import appraise, measure
 from bmctl.engine.intake import statedict
+from bmctl.engine.intake.foreign import import_graph
+from bmctl.engine.intake.publishing import STAGE, check_told, publish, recorded
 from bmctl.engine.loading import data as loading
-from bmctl.errors import DataError, PackageError, RecipeError, ResourceError, UsageError
-from bmctl.inputs import InputSpec, Resolved, image
+from bmctl.engine.modelspec import model_spec, signatures
+from bmctl.errors import PackageError, RecipeError, ResourceError, UsageError
+from bmctl.inputs import INPUTS, Resolved
 from bmctl.models import ModelConfig, ModelSpec
-from bmctl.package import Manifest, ModelPackage, list_packages, open_package, save_package
-from bmctl.recipe import recipe_yaml
-from bmctl.schema import BATCH, TensorSpec
+from bmctl.package import Manifest, ModelPackage, list_packages, open_package
+from bmctl.schema import BATCH, Signature
+from bmctl.tasks import classify
 
+EXAMPLE_SIZE = 16
+"""Of free axes other than the batch, where multiply-accumulates are counted."""
 PUBLISHED = re.compile(r"(timm|torchvision|transformers|bmctl):.+")
 
 
@@ -37,14 +42,17 @@ class Imported:
     """What was found at the source, before it is a package.
 
     Attributes:
+        given: How samples become what it takes.
+        task: Its Config, and `facts` of it: as they were told, or a classifier's.
         log: Which tensor went where, one a line.
         known: Further fields of the manifest, where there are no data to take them from.
     """
 
     spec: ModelSpec
     model: nn.Module
-    preprocess: InputSpec
-    class_names: tuple[str, ...]
+    given: Resolved
+    task: Any
+    facts: Any
     notes: tuple[str, ...] = ()
     log: str = ""
     known: Mapping[str, Any] = field(default_factory=dict)
@@ -104,8 +112,9 @@ def _import_checkpoint(context: StageContext, path: Path) -> ModelPackage:
     if not evaluated:
         recipe = consolidate.read_recipe(about) or context.recipe
         context = replace(context, recipe=recipe.model_copy(update={"name": context.recipe.name}))
-    known = {"task": about.task, "data_fingerprint": about.data_fingerprint, "history": about.history}
-    imported = Imported(about.model, model, about.preprocess, about.class_names, (words,), known=known)
+    known = {"data_fingerprint": about.data_fingerprint, "history": about.history}
+    task, facts = consolidate.task_of(about)
+    imported = Imported(about.model, model, about.given, task, facts, (words,), known=known)
     return _publish(context, imported, source=str(path), key=key, target=target, evaluated=evaluated)
 
 
@@ -168,26 +177,26 @@ def _published(context: StageContext, config: ModelConfig) -> Imported:
             f"{config.name} {told}: it is to be trained",
             hint=f"bmctl train --recipe RECIPE --set model.name={config.name}",
         )
-    preprocess = resolve_input(context, config, known=known)
-    spec = _spec(config, preprocess, num_classes=known.num_classes)
+    given = _input(context, config, known=known)
+    facts = classify.Facts(class_names=known.class_names or numbered(known.num_classes))
+    spec = model_spec(config, given=given, task=classify.Config(), facts=facts)
     context.emit({"event": "note", "stage": STAGE, "text": f"{config.name}: taking the published weights"})
-    model = models.build(spec, pretrained=True)
-    return Imported(spec, model, preprocess, known.class_names or numbered(known.num_classes))
+    return Imported(spec, models.build(spec, pretrained=True), given, classify.Config(), facts)
 
 
 def _state_dict(context: StageContext, config: ModelConfig, *, path: Path, match: statedict.Match) -> Imported:
     found, unwrapped = statedict.read_state(path)
     known = _known(config)
-    preprocess = resolve_input(context, config, known=known)
-    num_classes = _count_classes(config, preprocess, found, match=match)
-    spec = _spec(config, preprocess, num_classes=num_classes)
+    given = _input(context, config, known=known)
+    num_classes = _count_classes(config, given, found, match=match)
+    spec = _classifier(config, given, num_classes=num_classes)
     model = models.build(spec)
     matched = statedict.match_state(found, model.state_dict(), match=match, path=path)
     model.load_state_dict(matched.state, strict=True)
     log = "".join(f"{source}\t{name}\t{list(shape)}\n" for source, name, shape in matched.pairs)
     notes = (*unwrapped, *matched.notes, f"{len(matched.pairs)} tensors of {path.name} matched by {match}")
     names = known.class_names if known.class_names and known.num_classes == num_classes else numbered(num_classes)
-    return Imported(spec, model, preprocess, names, notes, log)
+    return Imported(spec, model, given, classify.Config(), classify.Facts(class_names=names), notes, log)
 
 
 def _known(config: ModelConfig) -> Published:
@@ -198,9 +207,9 @@ def _known(config: ModelConfig) -> Published:
         return models.published(config)
 
 
-def _count_classes(config: ModelConfig, preprocess: InputSpec, found: statedict.State, *, match: str) -> int:
+def _count_classes(config: ModelConfig, given: Resolved, found: statedict.State, *, match: str) -> int:
     """How many classes the file's head has: its tensor that, in the model, changes shape with their number."""
-    first, second = (models.build(_spec(config, preprocess, num_classes=n)).state_dict() for n in (2, 3))
+    first, second = (models.build(_classifier(config, given, num_classes=n)).state_dict() for n in (2, 3))
     heads = [name for name in first if first[name].shape != second[name].shape]
     if not heads:
         raise PackageError(f"{config.name} has no head that depends on the number of classes")
@@ -217,14 +226,9 @@ def _count_classes(config: ModelConfig, preprocess: InputSpec, found: statedict.
     return 2  # no head in the file: the matching that follows says what is wrong
 
 
-def _spec(config: ModelConfig, preprocess: InputSpec, *, num_classes: int) -> ModelSpec:
-    spec = ModelSpec(
-        name=config.name,
-        args=models.spec_args(config),
-        given=image.specs(preprocess),
-        told={"num_classes": num_classes},
-    )
-    return models.resolve(spec)
+def _classifier(config: ModelConfig, given: Resolved, *, num_classes: int) -> ModelSpec:
+    facts = classify.Facts(class_names=numbered(num_classes))
+    return model_spec(config, given=given, task=classify.Config(), facts=facts)
 
 
 def numbered(num_classes: int) -> tuple[str, ...]:
@@ -232,7 +236,7 @@ def numbered(num_classes: int) -> tuple[str, ...]:
     return tuple(f"class_{index}" for index in range(num_classes))
 
 
-def resolve_input(context: StageContext, config: ModelConfig, *, known: Published) -> InputSpec:
+def _input(context: StageContext, config: ModelConfig, *, known: Published) -> Resolved:
     """From the recipe's data over the publisher where there are data, else as the publisher says.
 
     Raises:
@@ -240,15 +244,28 @@ def resolve_input(context: StageContext, config: ModelConfig, *, known: Publishe
     """
     if context.recipe.data is not None:
         asked = config.model_copy(update={"pretrained": known.has_weights})
-        return loading.resolve_input(context.data, model=asked).spec
-    fields = known.of("image")
-    missing = [name for name in ("size", "channels", "mean", "std") if name not in fields]
-    if missing:
+        return loading.resolve_input(context.data, model=asked)
+    kind = known.input.kind if known.input is not None else "image"
+    module = INPUTS[kind]
+    return Resolved(*module.resolve(module.Config(), _NoExamples(config.name), published=known.of(kind)))
+
+
+@dataclass(frozen=True)
+class _NoExamples:
+    """What an input may look at where there are no data: see inputs.Examples."""
+
+    name: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    in_memory: bool = True
+
+    def __len__(self) -> int:
+        return 0
+
+    def read(self, most: int | None = None) -> Mapping[str, Any]:
         raise UsageError(
-            f"{config.name} takes any input, and nobody says which it was trained on: {', '.join(missing)}",
+            f"{self.name} takes any input, and nobody says which it was trained on",
             hint="give a recipe with its data: --recipe RECIPE",
         )
-    return image.Spec.model_validate(fields)
 
 
 # -- the package ------------------------------------------------------------------------------------
@@ -257,40 +274,43 @@ def resolve_input(context: StageContext, config: ModelConfig, *, known: Publishe
 def _publish(
     context: StageContext, found: Imported, *, source: str, key: str, target: Path, evaluated: bool = True
 ) -> ModelPackage:
-    model, preprocess = found.model.eval(), found.preprocess
-    example = torch.zeros(2, preprocess.channels, *preprocess.size)
-    with torch.inference_mode():
-        logits = model(example)
-    if tuple(logits.shape) != (2, len(found.class_names)):
-        raise PackageError(f"{source} gives outputs {list(logits.shape)}, not [2, {len(found.class_names)}]")
-    class_names, recorded = found.class_names, dict[str, Any]()
-    if evaluated:
-        class_names, recorded = check_data(context, class_names, preprocess=preprocess, source=source)
+    model, facts = found.model.eval(), found.facts
     metrics: dict[str, Any] = {
         "num_params": measure.num_params(model),
         "num_nonzero": measure.num_nonzero(model),
-        "macs": measure.macs(model, example),
+        "macs": measure.macs(model, _example(found.spec)),
         "precision": "fp32",
     }
-    evaluation = None
-    if evaluated and appraise.has_metric(context, preprocess):
-        evaluation = appraise.score_module(context, model, preprocess=preprocess)
-        metrics["val"] = appraise.metric_of(evaluation)
+    evaluated = evaluated and appraise.has_metric(context, found.given)
+    known = dict(found.known)
+    if evaluated:
+        facts = check_told(context, found.spec.told, given=found.given, source=source)
+        known |= recorded(context)
     manifest = Manifest(
         stage=STAGE,
         key=key,
         model=found.spec,
-        inputs=found.spec.given,
-        outputs=(TensorSpec(name="logits", shape=(BATCH, len(class_names)), dtype="float32", meaning="class scores"),),
-        preprocess=preprocess,
-        class_names=class_names,
-        metrics=metrics,
+        parts=signatures(given=found.given, task=found.task, facts=facts),
+        input=found.given.spec,
+        facts=facts.model_dump(mode="json"),
         notes=(f"imported from {source}", *found.notes),
-        **{**found.known, **recorded},
+        **{"task": found.task.model_dump(mode="json"), **known},
     )
+    evaluation = None
+    if evaluated:
+        evaluation = appraise.score_module(context, model, manifest, found.given)
+        metrics["val"] = appraise.metric_of(evaluation)
+    manifest = manifest.model_copy(update={"metrics": metrics})
     if found.log:
         _write_log(context, found.log)
-    return publish(context, manifest, evaluation, target=target, model=model.cpu())
+    return publish(context, manifest, evaluation, target=target, model=model.cpu(), files=found.given.files)
+
+
+def _example(spec: ModelSpec) -> list[torch.Tensor]:
+    """Two samples of noise, as the model takes them."""
+    taken = Signature(inputs=spec.given, outputs=())
+    sizes = {axis: 2 if axis == BATCH else EXAMPLE_SIZE for axis in taken.axes}
+    return [torch.from_numpy(array) for array in noise(taken, sizes=sizes).values()]
 
 
 def _write_log(context: StageContext, log: str) -> None:
@@ -299,52 +319,3 @@ def _write_log(context: StageContext, log: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     store.write_atomic(path, b"in the file\tin the model\tshape\n" + log.encode())
     context.emit({"event": "note", "stage": STAGE, "text": f"which tensor went where: {path}"})
-
-
-def publish(
-    context: StageContext,
-    manifest: Manifest,
-    evaluation: Evaluation | None,
-    *,
-    target: Path,
-    model: nn.Module | None = None,
-    graph: Path | None = None,
-    graph_data: Sequence[str] = (),
-) -> ModelPackage:
-    """Save the package, file its evaluation, and say what was noted and done."""
-    for text in manifest.notes:
-        context.emit({"event": "note", "stage": STAGE, "text": text})
-    package = save_package(
-        target,
-        manifest=manifest,
-        recipe_yaml=recipe_yaml(context.recipe),
-        model=model,
-        graph=graph,
-        graph_data=graph_data,
-        overwrite=context.overwrite,
-    )
-    appraise.file_score(context, package, evaluation, backend="eager" if graph is None else "onnxruntime")
-    context.emit({"event": "stage_done", "stage": STAGE, "package": str(target), **package.manifest.metrics})
-    return package
-
-
-def check_data(
-    context: StageContext, class_names: tuple[str, ...], *, preprocess: InputSpec | None, source: str
-) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Hold the head against the recipe's data; returns the class names that count, and what the manifest records.
-
-    Raises:
-        DataError: The data has another number of classes.
-    """
-    recipe = context.recipe
-    if recipe.data is None or preprocess is None:
-        return class_names, {}
-    of_data = loading.open_split(context.data, name="val", given=Resolved(preprocess)).facts.class_names
-    if len(of_data) != len(class_names):
-        raise DataError(
-            f"{source} tells {len(class_names)} classes apart; the recipe's data has {len(of_data)} "
-            f"({', '.join(of_data[:3])}{', ...' if len(of_data) > 3 else ''})",
-            hint="to train a new head on it, set model.pretrained: true in the recipe and run: bmctl train",
-        )
-    task = recipe.task.model_dump(mode="json") if recipe.task is not None else None
-    return of_data, {"task": task, "data_fingerprint": loading.data_fingerprint(context.data)}

@@ -93,7 +93,8 @@ def go_on(training: Training, found: Checkpoint) -> Position:
     settle(group, error)
     assert position is not None
     training.log.note(f"going on from step {position.step} of {training.num_steps}")
-    then, now = (manifest.world, manifest.threads, manifest.device), (group.world, group.threads, group.device.type)
+    then = (manifest.world, manifest.threads, manifest.device, manifest.kernels)
+    now = (group.world, group.threads, group.device.type, training.kernels.names)
     if then != now:
         training.log.note(
             f"begun by {_crew(*then)}, going on by {_crew(*now)}: "
@@ -102,9 +103,10 @@ def go_on(training: Training, found: Checkpoint) -> Position:
     return position
 
 
-def _crew(world: int, threads: int, device: str) -> str:
+def _crew(world: int, threads: int, device: str, kernels: tuple[str, ...]) -> str:
     plural = ["" if number == 1 else ending for number, ending in ((world, "es"), (threads, "s"))]
-    return f"{world} process{plural[0]} with {threads} thread{plural[1]} on {device}"
+    whose = f"bmctl's kernels ({', '.join(kernels)})" if kernels else "torch's kernels"
+    return f"{world} process{plural[0]} with {threads} thread{plural[1]} on {device} and {whose}"
 
 
 def _restore(training: Training, found: Checkpoint) -> Position:
@@ -202,6 +204,7 @@ def save(training: Training, position: Position) -> None:
         "strategy": training.shared.strategy,
         "mesh": {"data": group.world},
         "threads": group.threads,
+        "kernels": training.kernels.names,
         "device": group.device.type,
     }
     training.saver.begin(snapshot, step=position.step, fields=fields)

@@ -11,16 +11,17 @@ from itertools import islice
 import torch
 from torch import nn
 
+from bmctl.core.evaluation import main_metric
 from bmctl.engine import effects
 from bmctl.engine.batch import Batch, channels_last, chunks, free_sizes, num_rows, rows
 from bmctl.engine.checkpoints import checkpoint
 from bmctl.engine.checkpoints.checkpoint import Checkpoint
 from bmctl.engine.checkpoints.saver import Saver
-from bmctl.engine.computing import attention, convolution, linear, selfcheck
+from bmctl.engine.computing import selfcheck
 from bmctl.engine.computing.compiling import compiled
+from bmctl.engine.computing.kernels import Kernels, choose
 from bmctl.engine.computing.precision import Precision, choose_precision
 from bmctl.engine.computing.recompute import keep_activations, recompute_blocks
-from bmctl.engine.computing.tiles import has_tiles
 from bmctl.engine.computing.trial import Loss, trial
 from bmctl.engine.loading.loader import choose_workers
 from bmctl.engine.parallel import Group, check_batch, gather, num_cores, settle
@@ -57,12 +58,15 @@ def set_up(training: Training, found: Checkpoint | None, undo: ExitStack) -> Non
     training.precision = _precision(training, found)
     undo.enter_context(training.precision.applied())
     # Before the batch size is tried and the numbers are compared: both are to hold for what will compute.
-    _kernels(training, undo)
+    # Before the batch size is tried and the numbers are compared: both are to hold for what will compute.
+    undo.enter_context(_kernels(training).applied())
     training.batch_size = _batch_size(training, found)
     _check_share(training)
     if fit.check_precision and found is None and not _is_too_large(training):
         training.precision = _checked(training)
         undo.enter_context(training.precision.applied())
+    training.kernels = _kernels(training)
+    training.notes.append(str(training.kernels))
     training.shared = _shared(training)
     training.forward = training.shared.forward
     if fit.compile:
@@ -83,7 +87,7 @@ def set_up(training: Training, found: Checkpoint | None, undo: ExitStack) -> Non
     training.log = FitLog(
         context,
         training.stage,
-        training.task.METRIC,
+        main_metric(training.task),
         training.batch_size,
         training.steps_per_epoch,
         training.num_steps,
@@ -115,12 +119,9 @@ def _place(training: Training) -> None:
     training.model.to(device, memory_format=layout).train()  # type: ignore[call-overload]
 
 
-def _kernels(training: Training, undo: ExitStack) -> None:
-    """Faster kernels in place of torch's, where they hold."""
-    is_bf16 = training.precision.name == "bf16" and training.context.group.device.type == "cpu"
-    if is_bf16 and has_tiles() and not training.fit.compile:
-        for kernel in (attention, convolution, linear):
-            undo.enter_context(kernel.tuned())
+def _kernels(training: Training) -> Kernels:
+    fit, group = training.fit, training.context.group
+    return choose(fit.kernels, precision=training.precision.name, group=group, compiled=fit.compile)
 
 
 def _shared(training: Training) -> SharedModel:

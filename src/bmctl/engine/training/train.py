@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -98,29 +99,33 @@ def fit(
     training = Training(
         model, fit, train, val, task, task_config, context, stage, seed, teacher, asked, inputs_hash, about or {}
     )
-
-    def say(text: str) -> None:
-        if context.group.leads:
-            context.emit({"event": "note", "stage": stage, "text": text})
-
     with ExitStack() as undo:
-        found = find_start(context, stage=stage, fit=fit, model=model, note=say)
+        found = find_start(context, stage=stage, fit=fit, model=model, note=partial(_say, training))
         set_up(training, found, undo)
-        precision = training.precision
-        notes = (f"{precision.name}: {precision.reason}", *training.notes, *differences(model, context.group, fit))
-        for text in (*notes, *training.remarks):
-            say(text)
+        notes = _told(training)
         pin, workers = context.group.device.type == "cuda", training.num_workers
         with open_feed(training, batch_size=training.batch_size, num_workers=workers, pin=pin) as training.feed:
             where = start(training) if found is None else go_on(training, found)
             why = _run(training, where)
         context.beat(where.step, "finishing")
         kept, evaluation = _select(training, where)
-    ended = (why,) if why != "done" else ()
     assert where.best_step is not None
-    return FitResult(
-        kept, evaluation, where.step, where.best_step, precision.name, training.batch_size, (*notes, *ended)
-    )
+    precision, ended = training.precision.name, (why,) if why != "done" else ()
+    return FitResult(kept, evaluation, where.step, where.best_step, precision, training.batch_size, (*notes, *ended))
+
+
+def _say(training: Training, text: str) -> None:
+    if training.context.group.leads:
+        training.context.emit({"event": "note", "stage": training.stage, "text": text})
+
+
+def _told(training: Training) -> tuple[str, ...]:
+    """Say what was settled; returns what bears on the weights."""
+    precision, rest = training.precision, differences(training.model, training.context.group, training.fit)
+    notes = (f"{precision.name}: {precision.reason}", *training.notes, *rest)
+    for text in (*notes, *training.remarks):
+        _say(training, text)
+    return notes
 
 
 def _run(training: Training, where: Position) -> str:

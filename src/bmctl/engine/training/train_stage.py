@@ -106,7 +106,7 @@ def _load(context: StageContext, start: ModelPackage, train: Split) -> tuple[nn.
     for name, found in told.items():
         if spec.told.get(name) != found:
             raise DataError(
-                f"{start.path} was made for {name.replace('_', ' ')}: {spec.told.get(name)}, "
+                f"{start.path} tells {spec.told.get(name)} {name.removeprefix('num_').replace('_', ' ')} apart, "
                 f"the training data have {found}",
                 hint="train the recipe's own model, which fits: bmctl train --recipe RECIPE",
             )

@@ -12,6 +12,7 @@ import torch
 from bmctl.core.evaluation import Evaluation
 from bmctl.engine.checkpoints.saver import Saver
 from bmctl.engine.checkpoints.state import Identity, Tensors
+from bmctl.engine.computing.kernels import Kernels
 from bmctl.engine.computing.precision import Precision
 from bmctl.engine.context import StageContext
 from bmctl.engine.sharding.shared import SharedModel
@@ -71,6 +72,7 @@ class Training:
     remarks: list[str] = field(default_factory=list)
 
     precision: Precision = field(init=False)
+    kernels: Kernels = field(init=False)
     batch_size: int = field(init=False)
     num_workers: int = field(init=False)
     steps_per_epoch: int = field(init=False)

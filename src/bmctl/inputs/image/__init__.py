@@ -131,6 +131,18 @@ def specs(spec: Spec) -> tuple[TensorSpec, ...]:
     return (TensorSpec(name=FIELD, dtype="float32", shape=shape, meaning="normalised image, channels first"),)
 
 
+def fitted(asked: Config, inputs: Sequence[TensorSpec]) -> Config:
+    """The recipe's Config, with the size and channels that a foreign graph's input fixes."""
+    shape = inputs[0].shape if len(inputs) == 1 else ()
+    if len(shape) != 4:
+        return asked
+    channels, size = shape[1], shape[2:]
+    fixed: dict[str, Any] = {"channels": channels} if asked.channels is None and channels in (1, 3) else {}
+    if asked.size is None and all(isinstance(each, int) for each in size):
+        fixed["size"] = size
+    return asked.model_copy(update=fixed)
+
+
 def told(given: Resolved) -> dict[str, Any]:
     """Nothing: models read channels and size from `specs`."""
     return {}
