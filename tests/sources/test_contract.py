@@ -49,7 +49,7 @@ def test_samples_are_the_same_every_time_and_fit_together(configs: dict[str, Str
         assert len(samples) > 0
         last = len(samples) - 1
         records = samples.read([last, 0, last])
-        what = "text" if kind == "table" else "picture"
+        what = "text" if SOURCES[kind].INPUT == "text" else "picture"
         assert list(records) == list(samples.columns) == [what, "label"]
         labels = samples.read(range(len(samples)), only=("label",))
         assert list(labels) == ["label"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from bmctl.core.columns import Column
 from bmctl.schema import Strict
-from bmctl.sources import bundled, csv, digits, folder, idx, stream, table, webdataset
+from bmctl.sources import bundled, commands, csv, digits, folder, idx, stream, table, webdataset
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,6 +88,7 @@ class Source(Protocol):
 SOURCES: Mapping[str, ModuleType] = MappingProxyType(
     {
         "bundled": bundled,
+        "commands": commands,
         "digits": digits,
         "idx": idx,
         "folder": folder,
