@@ -15,7 +15,7 @@ from pydantic import Field
 
 from bmctl.core.columns import Column
 from bmctl.inputs import image, text
-from bmctl.schema import Emit, Strict, TensorSpec
+from bmctl.schema import Emit, Span, Strict, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,6 +97,10 @@ class Input(Protocol):
 
     def fitted(self, asked: Strict, inputs: Sequence[TensorSpec]) -> Strict:
         """The recipe's Config, with what the inputs of a foreign graph leave no choice about."""
+        ...
+
+    def axes(self, spec: Strict) -> Mapping[str, Span]:
+        """Sizes of the free axes of `specs` besides the batch: from the smallest to the largest that models take."""
         ...
 
     def told(self, given: Resolved) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from bmctl.engine.artifacts.samples import NUM_SAMPLES, foreign_feeds, of_batch
 from bmctl.engine.context import StageContext
 from bmctl.engine.loading.arrays import array_batches
 from bmctl.engine.loading.data import data_fingerprint, open_split
+from bmctl.errors import RecipeError
+from bmctl.inputs import INPUTS
 from bmctl.package import Manifest, ModelPackage
 from bmctl.processes.signals import interrupted
 from bmctl.schema import BATCH, Signature, Span
@@ -74,9 +76,21 @@ def example_fields(context: StageContext, package: ModelPackage) -> dict[str, to
 
 
 def axes_of(context: StageContext, manifest: Manifest, signature: Signature) -> dict[str, Span]:
-    """Sizes of a graph's free axes: the recipe's, else those that were found when it was imported, else usual ones."""
-    known = {axis: Span() for axis in signature.axes if "+" not in axis} | manifest.axes | context.recipe.export.axes
-    return complete_axes(signature, known)
+    """Sizes of a graph's free axes: the recipe's, else the input's or those found at the import, else usual ones.
+
+    Raises:
+        RecipeError: The recipe asks for more than the input ever gives.
+    """
+    of_input = INPUTS[manifest.input.kind].axes(manifest.input) if manifest.input is not None else {}
+    asked = context.recipe.export.axes
+    for axis, most in of_input.items():
+        if axis in asked and asked[axis].max > most.max:
+            raise RecipeError(
+                f"export.axes.{axis}.max: {asked[axis].max}, but the model takes at most {most.max}",
+                hint=f"--set export.axes.{axis}.max={most.max}",
+            )
+    usual = {axis: Span() for axis in signature.axes if "+" not in axis}
+    return complete_axes(signature, usual | manifest.axes | dict(of_input) | asked)
 
 
 def calibration_calls(

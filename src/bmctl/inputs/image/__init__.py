@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from bmctl.schema import BATCH, Count, Emit, Many, Positive, Ratio, Strict, TensorSpec
+from bmctl.schema import BATCH, Count, Emit, Many, Positive, Ratio, Span, Strict, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -141,6 +141,11 @@ def fitted(asked: Config, inputs: Sequence[TensorSpec]) -> Config:
     if asked.size is None and all(isinstance(each, int) for each in size):
         fixed["size"] = size
     return asked.model_copy(update=fixed)
+
+
+def axes(spec: Spec) -> dict[str, Span]:
+    """None: every image is of one size."""
+    return {}
 
 
 def told(given: Resolved) -> dict[str, Any]:

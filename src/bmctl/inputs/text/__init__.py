@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from bmctl.schema import BATCH, Count, Emit, Strict, TensorSpec
+from bmctl.schema import BATCH, Count, Emit, Span, Strict, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,6 +91,11 @@ def specs(spec: Spec) -> tuple[TensorSpec, ...]:
         TensorSpec(name=IDS, dtype="int64", shape=shape, meaning=f"token ids below {spec.vocab_size}"),
         TensorSpec(name=MASK, dtype="int64", shape=shape, meaning="1 for tokens, 0 for padding"),
     )
+
+
+def axes(spec: Spec) -> dict[str, Span]:
+    """``tokens``: up to the longest text, most often half of it."""
+    return {"tokens": Span(min=1, opt=max(1, spec.max_tokens // 2), max=spec.max_tokens)}
 
 
 def told(given: Resolved) -> dict[str, int]:
