@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bmctl import cli
+from bmctl.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = sorted(command.name or command.callback.__name__ for command in cli.app.registered_commands)
@@ -33,6 +34,12 @@ def test_help_works(command: list[str], capsys: pytest.CaptureFixture[str]) -> N
     out = capsys.readouterr().out
     assert "Usage: bmctl" in out
     assert "_" not in "".join(re.findall(r"--[a-z_-]+", out)), "flags are spelled with dashes"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_methods_command_is_there_and_names_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([METHODS[name].VERB, "--help"]) == 0
+    assert re.search(rf"\b{name}\b", capsys.readouterr().out)
 
 
 def test_help_works_without_any_heavy_package(tmp_path: Path) -> None:

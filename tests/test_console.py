@@ -23,7 +23,8 @@ from bmctl.core.evaluation import Evaluation
 from bmctl.doctor import Check
 from bmctl.errors import DataError, Problem, RecipeError
 from bmctl.report import wording
-from bmctl.report.rows import Comparison, GateResult, Latency, Metric, Report, Row, with_gates
+from bmctl.report.rows import Comparison, GateResult, Latency, Report, Row, Score, with_gates
+from bmctl.tasks import classify
 
 ESCAPE = "\x1b"
 STORY = """
@@ -33,11 +34,13 @@ with Console() as console:
     for step in range(1, 41):
         console.emit({"event": "step", "stage": "train", "epoch": 1 + step // 21, "epochs": 2,
                       "step": step, "steps": 40, "loss": 0.5, "metric": 0.861, "metric_name": "accuracy",
-                      "samples_per_s": 812.3, "eta_s": 125})
+                      "metric_unit": "share", "samples_per_s": 812.3, "eta_s": 125})
         if step % 20 == 0:
             console.emit({"event": "evaluation", "stage": "train", "epoch": step // 20, "epochs": 2, "loss": 0.45,
-                          "val_metric": 0.852, "metric_name": "accuracy", "seconds": 14.2})
-    console.emit({"event": "done", "stage": "train", "steps": 40, "val_metric": 0.852, "seconds": 28.4})
+                          "val_metric": 0.852, "metric_name": "accuracy", "metric_unit": "share",
+                          "seconds": 14.2})
+    console.emit({"event": "done", "stage": "train", "steps": 40, "val_metric": 0.852, "metric_name": "accuracy",
+                  "metric_unit": "share", "seconds": 28.4})
     console.emit({"event": "progress", "text": "evaluating on test", "done": 1, "total": 2})
     console.data('{"class_name": "Ankle boot \\u00d7"}')
     console.note("all is well \\u00b7 truly")
@@ -224,7 +227,8 @@ def test_loops_report_at_most_every_few_seconds(
 
 def test_every_kind_of_event_has_its_line(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console()
-    val = {"metric": "accuracy", "value": 0.896}
+    val = {"metric": "accuracy", "unit": "share", "value": 0.896}
+    share = {"metric_name": "accuracy", "metric_unit": "share"}
     for event, line in (
         ({"event": "stage", "stage": "01-svd", "text": "svd"}, "01-svd: svd"),
         ({"event": "skip", "stage": "01-svd"}, "01-svd: finished before, with the same inputs: kept"),
@@ -243,18 +247,19 @@ def test_every_kind_of_event_has_its_line(capsys: pytest.CaptureFixture[str]) ->
             "p: val accuracy 89.6 %, 320 kB, latency 12.30 ms",
         ),
         (
-            {"event": "artifact", "backend": "openvino", "size_bytes": 141_000, "status": "ran", "precision": "int8"},
-            "openvino: 141 kB, int8, ran",
-        ),
-        (
             {"event": "done", "stage": "infer", "steps": 1200, "seconds": 3.2, "backend": "openvino"},
             "infer: 1,200 samples in 3 s, on openvino",
         ),
         ({"event": "evaluation", "stage": "t", "epoch": 3, "epochs": 12, "loss": 0.4}, "t: epoch  3/12  loss 0.400"),
         (
-            {"event": "evaluation", "stage": "t", "step": 50, "steps": 1200, "val_metric": 0.5},
+            {"event": "evaluation", "stage": "t", "step": 50, "steps": 1200, "val_metric": 0.5, **share},
             "t: step   50/1200  val accuracy 50.0 %",
         ),
+        (
+            {"event": "evaluation", "stage": "t", "val_metric": 1.25, "metric_name": "loss", "metric_unit": "nats"},
+            "t: val loss 1.25 nats",
+        ),
+        ({"event": "evaluation", "stage": "t", "val_metric": 1.25, "metric_name": "rmse"}, "t: val rmse 1.25"),
         (
             {"event": "evaluation", "stage": "t", "epoch": 1, "epochs": 2, "step": 50, "steps": 100, "loss": 0.4},
             "t: epoch 1/2  loss 0.400",
@@ -266,7 +271,7 @@ def test_every_kind_of_event_has_its_line(capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize(
     "event",
-    ["start", "step", "progress", "evaluation", "note", "skip", "stage", "stage_done", "artifact", "done", "new", None],
+    ["start", "step", "progress", "evaluation", "note", "skip", "stage", "stage_done", "done", "new", None],
 )
 @pytest.mark.parametrize("live", [False, True])
 def test_events_may_lack_any_field(event: str | None, live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,7 +384,7 @@ def test_messages_are_not_markup(capsys: pytest.CaptureFixture[str], monkeypatch
 
 # -- tables -------------------------------------------------------------------------------------------
 
-METRIC = Metric("accuracy", 0.8951, 0.886, 0.903, 5000, 0.1, is_share=True)
+METRIC = Score("accuracy", 0.8951, 0.886, 0.903, 5000, 0.1, unit="share")
 DROP = Comparison(0.0016, -0.004, 0.007, "packages/00-train", "test")
 TRAIN = Row("packages/00-train", "package", "train", None, True, "fp32", 315_146, 31_200_000, 1_259_000, METRIC, METRIC)
 BUILT = Row(
@@ -390,7 +395,7 @@ UNRUN = Row(
     "deploy/tensorrt_rtx", "artifact", "ptq", "tensorrt_rtx", False, "int8", None, None, 191_000,
     status="built, not run", reason="no GPU", command_elsewhere="bmctl export runs/fashion --backend tensorrt",
 )  # fmt: skip
-GATE = GateResult("max_drop", "deploy/openvino", 0.001, 0.0016, passed=False, why="0.16 [-0.40, 0.70] points")
+GATE = GateResult("max_drop", "deploy/openvino", 0.001, 0.0016, False, "0.16 [-0.40, 0.70] points", "0.10 points")
 REPORT = with_gates(Report("runs/fashion", "0.1.0", 64, {}, (TRAIN, BUILT, UNRUN), notes=("a note",)), (GATE,))
 
 
@@ -441,14 +446,21 @@ def test_a_wide_terminal_gets_every_interval(
 
 
 def test_an_evaluation_is_told_with_its_interval(capsys: pytest.CaptureFixture[str]) -> None:
-    found = Evaluation("accuracy", 0.9, np.array([1.0] * 90 + [0.0] * 10), 0.1, {"loss": 0.31})
+    target = np.arange(100) % 2
+    counts = np.stack([target, target ^ (np.arange(100) < 10), np.full(100, 0.31)], axis=1).astype(float)
+    found = Evaluation("classify", counts, classify.metrics(counts), 0.5)
     Console().evaluation(found, split="test")
-    expected = "accuracy 90.0 % [82.6, 94.5] on 100 test samples, loss 0.31; a trivial predictor gets 10.0 %\n"
-    assert capsys.readouterr().out == expected
+    assert re.fullmatch(
+        r"accuracy 90.0 % \[82.6, 94.5\] on 100 test samples, macro_f1 90.0 % \[8\d.\d, 9\d.\d\], "
+        r"loss 0.3100 nats \[0.3100, 0.3100\]; a trivial predictor gets 50.0 %\n",
+        capsys.readouterr().out,
+    )
     Console(as_json=True).evaluation(found, split="test")
     document = json.loads(capsys.readouterr().out)
     assert (document["split"], document["value"], document["num_samples"]) == ("test", 0.9, 100)
     assert document["low"] == pytest.approx(0.8256, abs=1e-4)
+    assert document["metrics"]["accuracy"]["interval"] == "wilson"
+    assert (document["metrics"]["loss"]["better"], document["metrics"]["loss"]["unit"]) == ("lower", "nats")
 
 
 def test_checks_show_what_is_missing_and_what_mends_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from bmctl import __version__, doctor
 from bmctl.core import memory
@@ -79,13 +80,17 @@ def test_it_loads_nothing_heavy() -> None:
         ("1.0", "", True),
     ],
 )
-def test_versions_are_compared_as_numbers(version: str, bounds: str, within: bool) -> None:
-    assert doctor._is_within(version, bounds) is within
+def test_versions_are_compared_as_numbers(
+    version: str, bounds: str, within: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requirement = Requirement(f"torch{bounds}")
+    monkeypatch.setattr(doctor, "_version", lambda name: version)
+    assert doctor._required(requirement).status == ("ok" if within else "warn")
 
 
 def required(monkeypatch: pytest.MonkeyPatch, requirement: str, installed: str | None) -> Check:
     monkeypatch.setattr(doctor, "_version", lambda name: installed)
-    return doctor._required(requirement)
+    return doctor._required(Requirement(requirement))
 
 
 def test_a_dependency_that_is_missing_or_untested_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +101,13 @@ def test_a_dependency_that_is_missing_or_untested_says_how_to_get_it(monkeypatch
     newer = required(monkeypatch, requirement, "2.16.0")
     assert newer.status == "warn"
     assert "outside of the tested <2.15,>=2.14" in newer.value
+
+
+def test_what_other_platforms_and_extras_need_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["typer>=1", 'b>=1; extra == "x"', 'c>=1; sys_platform == "nowhere"', 'd>=1; python_version >= "3"']
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: lines)
+    assert [check.name for check in doctor._dependencies()] == ["typer", "d"]
+    assert [one.name for one in doctor._requirements() if doctor._is_of(one, "x")] == ["b"]
 
 
 def test_an_extra_that_is_not_there_costs_a_feature_only(monkeypatch: pytest.MonkeyPatch) -> None:

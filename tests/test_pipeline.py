@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from bmctl.backends import tensorrt, tensorrt_rtx
 from bmctl.cli import main
+from bmctl.engine.deployment import export as engine_export
+from bmctl.engine.deployment import prove as engine_prove
 
 RECIPE = """
 name: tiny
@@ -63,6 +67,28 @@ def document(capsys: pytest.CaptureFixture[str]) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.parametrize(("is_here", "named"), [(True, "tensorrt_rtx"), (True, "onnxruntime"), (False, "tensorrt_rtx")])
+def test_the_flag_takes_tensorrt_where_it_runs_whatever_the_recipe_names(
+    is_here: bool, named: str, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[set[str]] = []
+    monkeypatch.setattr(tensorrt, "unavailable", lambda config: "" if is_here else "no TensorRT")
+    monkeypatch.setattr(tensorrt_rtx, "unavailable", lambda config: "no GPU")
+    monkeypatch.setattr(
+        engine_export, "export_package", lambda *_, backends, **__: asked.append({one.name for one in backends}) or []
+    )
+    monkeypatch.setattr(engine_prove, "prove", lambda *_, **__: None)
+    run = Path(shutil.copytree(here / "runs" / "tiny", tmp_path / "tiny"))
+    assert main(["export", str(run), "--tensorrt", "--backend", named, "-q"]) == 0
+    assert asked[-1] == ({named, "tensorrt"} if is_here else {named, "tensorrt_rtx"})
+    notes = [json.loads(line).get("text", "") for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (note,) = [text for text in notes[-10:] if text.startswith("--tensorrt takes ")]
+    if is_here:
+        assert note == "--tensorrt takes tensorrt: it is installed, and runs here"
+    else:
+        assert note.startswith("--tensorrt takes tensorrt_rtx, which the recipe names as well: no TensorRT; no GPU; ")
+
+
 def test_three_lines_are_a_whole_script(here: Path) -> None:
     run = here / "runs" / "tiny"
     assert [path.name for path in sorted((run / "packages").iterdir())] == ["00-train", "01-structured", "02-ptq"]
@@ -77,6 +103,9 @@ def test_three_lines_are_a_whole_script(here: Path) -> None:
     assert rows["deploy/openvino"]["test"]["num_samples"] == 200
     assert rows["deploy/openvino"]["drop"]["low"] is not None
     assert rows["deploy/openvino"]["speedup"]["value"] > 0
+    assert rows["deploy/openvino"]["peak_memory_bytes"] > 100_000
+    assert rows["deploy/tensorrt_rtx"]["peak_memory_bytes"] is None
+    assert list(rows["deploy/openvino"]["test_drops"]) == ["accuracy", "macro_f1", "loss"]
     assert rows["deploy/tensorrt_rtx"]["test"] is None
     assert rows["packages/00-train"]["val"]["trivial"] == pytest.approx(0.1)
 
@@ -99,6 +128,16 @@ def test_a_failed_gate_exits_8_and_the_report_says_it(here: Path, capsys: pytest
     captured = capsys.readouterr()
     assert any(not gate["passed"] for gate in json.loads(captured.out)["gates"])
     assert "min_speedup" in captured.err
+
+
+def test_any_metric_of_the_task_is_gated(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    limits = ["--set", "gates.metrics.macro_f1.min=0.999", "--set", "gates.metrics.loss.max=1000"]
+    assert main(["export", "--backend", "openvino", *limits, "--json"]) == 8
+    found = json.loads(capsys.readouterr().out)["gates"]
+    verdicts = {gate["name"]: gate["passed"] for gate in found if gate["artifact"] == "deploy/openvino"}
+    assert (verdicts["metrics.macro_f1.min"], verdicts["metrics.loss.max"]) == (False, True)
+    assert main(["export", "--set", "gates.metrics.macro.min=0.1"]) == 3
+    assert "did you mean macro_f1?" in capsys.readouterr().err
 
 
 def test_an_engine_that_was_not_run_fails_its_gate(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,7 +59,7 @@ def test_the_other_recipes_pass_their_gates(name: str, tmp_path: Path) -> None:
     ("model", "overrides"),
     [
         ("torchvision:resnet18", []),
-        ("timm:vit_tiny_patch16_224", ["data.preprocess.size=32", "model.args={patch_size: 8}"]),
+        ("timm:vit_tiny_patch16_224", ["data.input.size=32", "model.args={patch_size: 8}"]),
     ],
 )
 @pytest.mark.timeout(900)

@@ -8,10 +8,13 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from bmctl.session import Options
 
 app = typer.Typer(
     name="bmctl",
@@ -41,7 +44,6 @@ def bmctl(
     """From a PyTorch model and a data set to a small, fast, proven artifact: one recipe, the whole way."""
 
 
-Flags = Mapping[str, Any]
 WHOLE, STAGES, PACKAGES, SET_UP = "The whole way", "Stages", "Packages", "Set up"
 
 Source = Annotated[
@@ -75,7 +77,7 @@ def common(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Tracebacks.")] = False,
 ) -> None:
-    """The flags that commands share; the fields of pipeline.Options."""
+    """The flags that commands share; the fields of session.Options."""
 
 
 COMMON = inspect.signature(common).parameters
@@ -85,15 +87,17 @@ SPEAKING = ("as_json", "quiet", "verbose", "debug")
 def command(
     panel: str, *, name: str | None = None, flags: Sequence[str] = tuple(COMMON), to: typer.Typer = app
 ) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Register a function as a command that also takes the shared `flags`, handed over as its first argument."""
+    """Register a function as a command that also takes the shared `flags`: its first argument is Options of them."""
 
     def register(function: Callable[..., int]) -> Callable[..., int]:
-        own = [p for p in inspect.signature(function).parameters.values() if p.name != "flags"]
+        own = [p for p in inspect.signature(function).parameters.values() if p.name != "options"]
         shared = [COMMON[flag] for flag in flags]
 
         @functools.wraps(function)
         def run(**given: Any) -> int:
-            code = function({flag: given.pop(flag) for flag in flags}, **given)
+            from bmctl.session import Options
+
+            code = function(Options(**{flag: given.pop(flag) for flag in flags}), **given)
             raise typer.Exit(code)
 
         parameters = [*own, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in shared)]
@@ -107,80 +111,73 @@ def command(
 
 @command(WHOLE)
 def run(
-    flags: Flags,
+    options: "Options",
     first: Annotated[str, typer.Option("--from", help="First stage: train, compress, export or infer.")] = "train",
     last: Annotated[str, typer.Option("--to", help="Last stage.")] = "infer",
     profile: Profile = False,
 ) -> int:
     """Do every section of a recipe: train, compress, export, infer."""
     from bmctl import pipeline
-    from bmctl.session import Options
 
-    return pipeline.run(Options(**flags), first=first, last=last, profile=profile)
+    return pipeline.run(options, first=first, last=last, profile=profile)
 
 
 @command(STAGES)
-def train(flags: Flags, source: Trained = None, profile: Profile = False) -> int:
+def train(options: "Options", source: Trained = None, profile: Profile = False) -> int:
     """Train the recipe's model, or a package further; the result is a package."""
     from bmctl import pipeline
-    from bmctl.session import Options
 
-    return pipeline.train(Options(**flags), source=source, profile=profile)
+    return pipeline.train(options, source=source, profile=profile)
 
 
 @command(STAGES)
 def distribute(
-    flags: Flags,
+    options: "Options",
     source: Trained = None,
     nproc: Annotated[int | None, typer.Option("--nproc", help="Processes on this machine.")] = None,
     profile: Profile = False,
 ) -> int:
     """Train with several processes: torchrun, run for you."""
     from bmctl import pipeline
-    from bmctl.session import Options
 
-    return pipeline.train(Options(**flags), source=source, nproc=nproc, profile=profile)
+    return pipeline.train(options, source=source, nproc=nproc, profile=profile)
 
 
 @command(STAGES)
-def compress(flags: Flags, source: Source = None) -> int:
+def compress(options: "Options", source: Source = None) -> int:
     """Apply the recipe's compression steps in order."""
     from bmctl import pipeline
-    from bmctl.session import Options
 
-    return pipeline.compress(Options(**flags), source=source)
+    return pipeline.compress(options, source=source)
 
 
 @command(STAGES)
-def prune(flags: Flags, source: Source = None, method: Method = None) -> int:
+def prune(options: "Options", source: Source = None, method: Method = None) -> int:
     """Remove channels (structured) or single weights (magnitude)."""
     from bmctl import pipeline
-    from bmctl.session import Options
 
-    return pipeline.compress(Options(**flags), source=source, verb="prune", method=method)
+    return pipeline.compress(options, source=source, verb="prune", method=method)
 
 
 @command(STAGES)
-def quantize(flags: Flags, source: Source = None, method: Method = None) -> int:
+def quantize(options: "Options", source: Source = None, method: Method = None) -> int:
     """Compute in int8 (ptq), or store and compute in fp16 or bf16 (cast)."""
     from bmctl import pipeline
-    from bmctl.session import Options
 
-    return pipeline.compress(Options(**flags), source=source, verb="quantize", method=method)
+    return pipeline.compress(options, source=source, verb="quantize", method=method)
 
 
 @command(STAGES)
-def lowrank(flags: Flags, source: Source = None, method: Method = None) -> int:
+def lowrank(options: "Options", source: Source = None, method: Method = None) -> int:
     """Factorise layers into two thin ones (svd)."""
     from bmctl import pipeline
-    from bmctl.session import Options
 
-    return pipeline.compress(Options(**flags), source=source, verb="lowrank", method=method)
+    return pipeline.compress(options, source=source, verb="lowrank", method=method)
 
 
 @command(STAGES)
 def export(
-    flags: Flags,
+    options: "Options",
     source: Source = None,
     backends: Annotated[
         list[str] | None, typer.Option("--backend", help="Only these backends instead of the recipe's; repeatable.")
@@ -193,16 +190,14 @@ def export(
 ) -> int:
     """Export to ONNX and to every backend; prove, measure and gate each artifact."""
     from bmctl import pipeline
-    from bmctl.session import Options
 
-    return pipeline.export(
-        Options(**flags), source=source, backends=backends or (), tensorrt=tensorrt, axes=axes or (), sample=sample
-    )
+    flag = "tensorrt" if tensorrt else None
+    return pipeline.export(options, source=source, backends=backends or (), flag=flag, axes=axes or (), sample=sample)
 
 
 @command(STAGES)
 def infer(
-    flags: Flags,
+    options: "Options",
     data: Annotated[
         str | None,
         typer.Argument(metavar="[DATA]", help="An image, a folder, an .npz or .csv; else the recipe's infer.data."),
@@ -216,14 +211,13 @@ def infer(
 ) -> int:
     """Predict: JSON lines or CSV with class names and scores."""
     from bmctl import pipeline
-    from bmctl.session import Options
 
-    return pipeline.infer(Options(**flags), data=data, model=model, backend=backend, form=form, to=to)
+    return pipeline.infer(options, data=data, model=model, backend=backend, form=form, to=to)
 
 
 @command(PACKAGES, name="import")
 def import_(
-    flags: Flags,
+    options: "Options",
     source: Annotated[
         str, typer.Argument(help="timm:NAME, torchvision:NAME, transformers:NAME, a state dict, .onnx or checkpoint.")
     ],
@@ -234,16 +228,13 @@ def import_(
 ) -> int:
     """Package a pretrained model or a checkpoint; a name asks for the download."""
     from bmctl import pipeline
-    from bmctl.session import Options
 
-    return pipeline.import_model(
-        Options(**flags), source=source, model=model, match=match, axes=axes or (), sample=sample
-    )
+    return pipeline.import_model(options, source=source, model=model, match=match, axes=axes or (), sample=sample)
 
 
 @command(PACKAGES)
 def evaluate(
-    flags: Flags,
+    options: "Options",
     source: Annotated[
         str | None, typer.Argument(metavar="[PACKAGE|RUN|DEPLOYED]", help="What to evaluate; else the newest run.")
     ] = None,
@@ -251,83 +242,75 @@ def evaluate(
 ) -> int:
     """Run the task's metric on a package or a deployed artifact."""
     from bmctl import pipeline
-    from bmctl.session import Options
 
-    return pipeline.evaluate(Options(**flags), source=source, split=split)
+    return pipeline.evaluate(options, source=source, split=split)
 
 
 @command(PACKAGES, flags=SPEAKING)
 def report(
-    flags: Flags,
+    options: "Options",
     source: Annotated[str | None, typer.Argument(metavar="[RUN]", help="Else the newest run.")] = None,
     form: Annotated[str, typer.Option("--format", help="table, markdown or json.")] = "table",
 ) -> int:
     """Show what a run's packages and artifacts are worth."""
     from bmctl import queries
-    from bmctl.session import Options
 
-    return queries.report(Options(**flags), source=source, form=form)
+    return queries.report(options, source=source, form=form)
 
 
 @command(SET_UP, flags=("overrides", *SPEAKING))
 def validate(
-    flags: Flags,
+    options: "Options",
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in recipe's name, or a path.")],
 ) -> int:
     """Check a recipe and say everything that is wrong with it."""
     from bmctl import queries
-    from bmctl.session import Options
 
-    return queries.validate(Options(recipe=recipe, **flags))
+    return queries.validate(options, recipe=recipe)
 
 
 @command(SET_UP, flags=SPEAKING)
-def doctor(flags: Flags) -> int:
+def doctor(options: "Options") -> int:
     """Say what this machine can do, and what is missing."""
     from bmctl import queries
-    from bmctl.session import Options
 
-    return queries.doctor(Options(**flags))
+    return queries.doctor(options)
 
 
 @command(SET_UP, name="ls", flags=SPEAKING, to=recipes_app)
-def recipes_ls(flags: Flags) -> int:
+def recipes_ls(options: "Options") -> int:
     """List the built-in recipes."""
     from bmctl import queries
-    from bmctl.session import Options
 
-    return queries.recipes_ls(Options(**flags))
+    return queries.recipes_ls(options)
 
 
 @command(SET_UP, name="show", flags=SPEAKING, to=recipes_app)
-def recipes_show(flags: Flags, name: Annotated[str, typer.Argument(help="A built-in recipe's name.")]) -> int:
+def recipes_show(options: "Options", name: Annotated[str, typer.Argument(help="A built-in recipe's name.")]) -> int:
     """Print a built-in recipe."""
     from bmctl import queries
-    from bmctl.session import Options
 
-    return queries.recipes_show(Options(**flags), name=name)
+    return queries.recipes_show(options, name=name)
 
 
 @command(SET_UP, name="cp", flags=("overwrite", *SPEAKING), to=recipes_app)
 def recipes_cp(
-    flags: Flags,
+    options: "Options",
     name: Annotated[str, typer.Argument(help="A built-in recipe's name.")],
     target: Annotated[str, typer.Argument(help="A file or a directory.")] = ".",
 ) -> int:
     """Copy a built-in recipe, to be edited."""
     from bmctl import queries
-    from bmctl.session import Options
 
-    return queries.recipes_cp(Options(**flags), name=name, target=target)
+    return queries.recipes_cp(options, name=name, target=target)
 
 
 @command(SET_UP, name="schema", flags=SPEAKING, to=recipes_app)
-def recipes_schema(flags: Flags) -> int:
+def recipes_schema(options: "Options") -> int:
     """Print the JSON Schema of recipes, for editors."""
     from bmctl import queries
-    from bmctl.session import Options
 
-    return queries.recipes_schema(Options(**flags))
+    return queries.recipes_schema(options)
 
 
 def spell(argument: str) -> str:

@@ -24,7 +24,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from bmctl.errors import BmctlError, InterruptedRunError, RecipeError
-from bmctl.report import page, rows, wording
+from bmctl.report import page, rows, scoring, wording
 
 if TYPE_CHECKING:
     from bmctl.core.evaluation import Evaluation
@@ -131,13 +131,14 @@ class Console:
         return not self.out.gone
 
     def evaluation(self, found: Evaluation, *, split: str) -> None:
-        """The metric of one artifact on one split, on stdout."""
-        metric = page.metric_of(found)
+        """The metrics of one artifact on one split, on stdout."""
+        scores = scoring.evaluated(found)
         if self.as_json:
-            fields = {"split": split, **dataclasses.asdict(metric), "extra": dict(found.extra)}
+            metrics = {name: dataclasses.asdict(score) for name, score in scores.items()}
+            fields = {"split": split, **metrics[found.name], "metrics": metrics}
             self.data(json.dumps(rows.finite(fields), indent=2))
         elif not self.quiet:
-            self.data(page.evaluation_text(metric, split=split, extra=found.extra))
+            self.data(page.evaluation_text(scores, split=split))
 
     def report(self, report: Report) -> None:
         """A report as tables, on stdout."""
@@ -283,7 +284,6 @@ SHOWN: Mapping[str, Callable[[Console, Mapping[str, object], str], None]] = {
     "note": lambda console, event, stage: console.note(str(event.get("text", "")), stage=stage),
     "skip": lambda console, event, stage: console.heading(stage, wording.skip_line(event)),
     "stage_done": lambda console, event, stage: console.line(wording.stage_done_line(event), stage=stage),
-    "artifact": lambda console, event, stage: console.line(wording.artifact_line(event), stage=stage),
     "done": _finish,
 }
 

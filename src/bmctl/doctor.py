@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from packaging.requirements import Requirement
+
 from bmctl import __version__
 
 OLDEST_PYTHON = (3, 11)
@@ -77,50 +79,24 @@ def _interpreter() -> Iterator[Check]:
 
 def _dependencies() -> list[Check]:
     """Every requirement of the plain install, against the bounds that this version was tested within."""
-    return [_required(requirement) for requirement in _requirements() if "extra ==" not in requirement]
+    return [_required(one) for one in _requirements() if one.marker is None or one.marker.evaluate({"extra": ""})]
 
 
-def _requirements() -> list[str]:
+def _requirements() -> list[Requirement]:
     try:
-        return metadata.requires("bmctl") or []
+        return [Requirement(text) for text in metadata.requires("bmctl") or ()]
     except metadata.PackageNotFoundError:
         return []
 
 
-def _required(requirement: str) -> Check:
-    name, bounds = _split(requirement)
+def _required(requirement: Requirement) -> Check:
+    name, bounds = requirement.name, requirement.specifier
     found = _version(name)
     if found is None:
         return Check(name, "missing", "not installed", f"pip install '{name}{bounds}'")
-    if not _is_within(found, bounds):
+    if not bounds.contains(found, prereleases=True):
         return Check(name, "warn", f"{found}, outside of the tested {bounds}", f"pip install '{name}{bounds}'")
     return Check(name, "ok", found)
-
-
-def _split(requirement: str) -> tuple[str, str]:
-    """``torch<2.15,>=2.14; extra == "x"`` to its name and its bounds."""
-    match = re.match(r"\s*([A-Za-z0-9._-]+)(?:\[[^\]]*\])?\s*\(?([^;)]*)", requirement)
-    assert match is not None, requirement
-    return match[1], match[2].strip()
-
-
-def _is_within(version: str, bounds: str) -> bool:
-    """Whether a version's release numbers lie within ``>=`` and ``<`` bounds, the only ones that bmctl declares."""
-    found = _release(version)
-    for bound in filter(None, (part.strip() for part in bounds.split(","))):
-        if bound.startswith(">=") and found < _release(bound[2:]):
-            return False
-        if bound.startswith("<") and not bound.startswith("<=") and found >= _release(bound[1:]):
-            return False
-    return True
-
-
-def _release(version: str) -> tuple[int, ...]:
-    match = re.match(r"\s*v?(\d+(?:\.\d+)*)", version)
-    numbers = [int(part) for part in match[1].split(".")] if match else []
-    while numbers and numbers[-1] == 0:
-        numbers.pop()
-    return tuple(numbers)
 
 
 def _version(name: str) -> str | None:
@@ -132,12 +108,17 @@ def _version(name: str) -> str | None:
 
 def _extras() -> Iterator[Check]:
     for extra, use in EXTRAS.items():
-        names = [_split(r)[0] for r in _requirements() if re.search(rf"extra == ['\"]{re.escape(extra)}['\"]", r)]
+        names = [one.name for one in _requirements() if _is_of(one, extra)]
         found = [f"{name} {version}" for name in names if (version := _version(name))]
         if names and len(found) == len(names):
             yield Check(extra, "ok", ", ".join(found))
         else:
             yield Check(extra, "warn", f"not installed: {use}", f"pip install 'bmctl[{extra}]'")
+
+
+def _is_of(requirement: Requirement, extra: str) -> bool:
+    marker = requirement.marker
+    return marker is not None and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""})
 
 
 # -- hardware -----------------------------------------------------------------------------------------

@@ -20,12 +20,15 @@ from bmctl.errors import BmctlError, InterruptedRunError, PreemptedError, error_
 from bmctl.job import Job as Job
 from bmctl.job import Logs, outcome_path, read_record, torchrun_nodes, write_outcome
 from bmctl.job import is_worker as is_worker
+from bmctl.processes.heartbeat import beating
+from bmctl.processes.rendezvous import machine
+from bmctl.processes.signals import Stop, catch_signals, interrupted
+from bmctl.processes.watchdog import Overseer, watched
 from bmctl.recipe import LaunchConfig, load_recipe, recipe_yaml
 from bmctl.schema import Emit
 
 if TYPE_CHECKING:
     from bmctl.processes.agent import Shared
-    from bmctl.processes.signals import Stop
 
 POLL_S = 0.1
 KILL_AFTER_S = 15.0
@@ -61,9 +64,6 @@ def launch(job: Job, config: LaunchConfig, *, emit: Emit) -> None:
 
 def _run_here(job: Job, config: LaunchConfig, *, emit: Emit) -> None:
     from bmctl.engine.worker import end_with, record_error, run_job
-    from bmctl.processes.heartbeat import beating
-    from bmctl.processes.signals import catch_signals
-    from bmctl.processes.watchdog import watched
 
     rank = int(os.environ.get("RANK", "0")) if is_worker() else 0
     logs = Logs(Path(job.run))
@@ -132,8 +132,6 @@ def _run_group(job: Job, config: LaunchConfig, *, emit: Emit) -> None:
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is loaded: only bmctl speaks here
     from bmctl.processes.agent import Shared, run_agent
-    from bmctl.processes.rendezvous import machine
-    from bmctl.processes.signals import catch_signals
 
     is_shared = config.nodes.max > 1
     job = job.model_copy(update={"node": machine() if is_shared else ""})
@@ -159,8 +157,6 @@ def _run_group(job: Job, config: LaunchConfig, *, emit: Emit) -> None:
 
 def _stay(agent: threading.Thread, config: LaunchConfig, logs: Logs, shared: Shared, *, stop: Stop, emit: Emit) -> None:
     """Until the agent is done: hand on signals and events, and see that the workers move."""
-    from bmctl.processes.watchdog import Overseer
-
     told: set[int] = set()
     tail, overseer = _Tail(logs.events, emit), Overseer(logs, timeout_s=config.timeout_s)
     alone_s = 0.0
@@ -276,8 +272,6 @@ def _raise_outcome(logs: Logs, shared: Shared, stop: Stop) -> None:
     if failure is not None and (failure.is_ours and not failure.is_echo):
         raise failure.error
     if stop.requested is not None:
-        from bmctl.processes.signals import interrupted
-
         raise interrupted(stop.requested, "the workers ended before a checkpoint was published")
     assert failure is not None
     raise failure.error

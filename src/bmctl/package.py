@@ -1,6 +1,7 @@
-"""A model package: an immutable directory with a manifest. Verified when opened, rebuilt without pickle.
+"""A model package: an immutable directory with a manifest, verified when it is opened.
 
-Files: manifest.json, recipe.yaml (resolved), and weights.safetensors, or model.onnx where it is frozen.
+Files: manifest.json, recipe.yaml (resolved); weights.safetensors, or graphs/<part>.onnx where it is frozen; in files/
+what the input needs, such as a tokenizer.
 """
 
 from __future__ import annotations
@@ -15,22 +16,25 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from bmctl import __version__, store
-from bmctl.errors import BmctlError, PackageError, RecipeError, ResourceError, UnsupportedError
-from bmctl.methods import METHODS
+from bmctl.errors import PackageError, ResourceError
+from bmctl.inputs import InputSpec, Resolved
 from bmctl.models import ModelSpec
-from bmctl.schema import Many, Preprocess, Span, Strict, TensorSpec
+from bmctl.schema import Many, Signature, Span, Strict
 from bmctl.store import FileRecord
-from bmctl.weights import load_weights, save_weights
+from bmctl.weights import save_weights
 
 if TYPE_CHECKING:
     from torch import nn
 
 RECIPE = "recipe.yaml"
 WEIGHTS = "weights.safetensors"
-GRAPH = "model.onnx"
+GRAPHS = "graphs"
+FILES = "files"
+PART = "model"
+"""The one graph of a model that needs no more, and of a foreign file."""
 _RECORDED = ("torch", "torchvision", "timm", "transformers", "numpy", "safetensors", "onnx", "nncf", "torch-pruning")
 
 
@@ -51,7 +55,12 @@ class Manifest(Strict):
         parent: Hash of the package it was made from.
         original: Hash of the run's first package; None in that one.
         model: How to build the module; None for a foreign graph.
-        frozen: Carries a graph in place of weights.
+        frozen: Carries graphs in place of weights.
+        parts: Its graphs by name, made or to be made: one for a classifier.
+        axes: Sizes of a foreign graph's free axes but the batch, as they were found by trying it.
+        input: How samples become what the parts take: the Spec of one of INPUTS; None where nobody knows.
+        task: Its Config.
+        facts: What the task knows of its data, such as the names of the classes.
         aliases: Tensors that share another one's memory (tied weights): their names, and the one that is stored.
         axes: Sizes of a foreign graph's free axes but the batch, as they were found by trying it.
         history: Compression steps, oldest first.
@@ -59,7 +68,7 @@ class Manifest(Strict):
         files: Every other file of the package.
     """
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     bmctl: str = __version__
     stage: str
     key: str
@@ -67,12 +76,11 @@ class Manifest(Strict):
     original: str | None = None
     model: ModelSpec | None = None
     frozen: bool = False
-    inputs: Many[TensorSpec] = ()
-    outputs: Many[TensorSpec] = ()
+    parts: dict[str, Signature] = Field(default_factory=dict)
     axes: dict[str, Span] = Field(default_factory=dict)
-    preprocess: Preprocess | None = None
-    class_names: Many[str] = ()
+    input: InputSpec | None = None
     task: dict[str, Any] | None = None
+    facts: dict[str, Any] | None = None
     history: Many[Structure] = ()
     aliases: dict[str, str] = Field(default_factory=dict)
     metrics: dict[str, Any] = Field(default_factory=dict)
@@ -94,12 +102,18 @@ class ModelPackage:
         return store.manifest_hash(self.path)
 
     @property
+    def given(self) -> Resolved | None:
+        """How samples become what its parts take; None where nobody knows, as of a foreign graph."""
+        return None if self.manifest.input is None else Resolved(self.manifest.input, read_files(self.path))
+
+    @property
     def weights(self) -> Path:
         return self.path / WEIGHTS
 
     @property
-    def graph(self) -> Path:
-        return self.path / GRAPH
+    def graphs(self) -> dict[str, Path]:
+        """Of a frozen package, by part."""
+        return {part: self.path / GRAPHS / f"{part}.onnx" for part in self.manifest.parts}
 
 
 # -- reading ----------------------------------------------------------------------------------------
@@ -116,11 +130,13 @@ def open_package(path: Path, *, verify: bool = True) -> ModelPackage:
         PackageError: Missing, corrupt, incomplete, too new, or not a package.
     """
     manifest = store.read_manifest(path, Manifest)
-    needed = {RECIPE, GRAPH if manifest.frozen else WEIGHTS}
-    for name in sorted(needed - set(manifest.files)):
+    content = {f"{GRAPHS}/{part}.onnx" for part in manifest.parts} if manifest.frozen else {WEIGHTS}
+    for name in sorted({RECIPE, *content} - set(manifest.files)):
         raise PackageError(f"{path / store.MANIFEST} does not record {name}, without which a package is none")
     if not manifest.frozen and manifest.model is None:
         raise PackageError(f"{path / store.MANIFEST} has weights but does not say of which model")
+    if not manifest.parts:
+        raise PackageError(f"{path / store.MANIFEST} names no part, without which there is nothing to run")
     if verify:
         store.verify(path, manifest.files)
     return ModelPackage(path=path, manifest=manifest)
@@ -161,54 +177,15 @@ def find_package(source: str | Path) -> ModelPackage:
     return open_package(path)
 
 
-def load_model(package: ModelPackage) -> nn.Module:
-    """Build the package's module, replay its structure, load its weights strictly; on the CPU, in eval mode.
-
-    Raises:
-        UnsupportedError: The package is frozen.
-        PackageError: Weights and model do not fit, or are not finite, or the file is not safetensors.
-    """
-    manifest = package.manifest
-    if manifest.frozen or manifest.model is None:
-        parent = f"its parent {manifest.parent[:12]}" if manifest.parent else "the model that it was exported from"
-        raise UnsupportedError(
-            f"{package.path} is frozen: it holds a graph (made by {manifest.stage}), which has no weights to train on",
-            hint=f"start from {parent}",
-        )
-    model = _build(package, manifest.model)
-    for structure in manifest.history:
-        _replay(model, structure, package=package)
-    load_weights(model, package.weights, aliases=manifest.aliases)
-    return model.eval()
-
-
-def _build(package: ModelPackage, spec: ModelSpec) -> nn.Module:
-    from bmctl import models
-
-    try:
-        return models.build(spec)
-    except (RecipeError, TypeError, ValueError, RuntimeError, KeyError, AttributeError, AssertionError) as error:
-        raise PackageError(
-            f"{package.path}: its model {spec.name} cannot be built here: {error}",
-            hint=f"it was made with {_of_versions(package.manifest.versions)}",
-        ) from error
-
-
-def _replay(model: nn.Module, structure: Structure, *, package: ModelPackage) -> None:
-    name = structure.step.get("method")
-    method = METHODS.get(name) if isinstance(name, str) else None
-    if method is None or method.LEVEL != "module":
-        raise PackageError(f"{package.path}: its history names the step {name!r}, which no module can go through")
-    try:
-        config = method.Config.model_validate_json(json.dumps(structure.step))
-        method.restore(model, config, structure.meta)
-    except BmctlError:
-        raise
-    except (ValidationError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
-        raise PackageError(f"{package.path}: the step {name} of its history cannot be replayed: {error}") from error
-
-
 # -- writing ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GraphFile:
+    """A graph on its way into a package: the ONNX file, and the names of its data files beside it."""
+
+    path: Path
+    data: Sequence[str] = ()
 
 
 def save_package(
@@ -217,49 +194,72 @@ def save_package(
     manifest: Manifest,
     recipe_yaml: str,
     model: nn.Module | None = None,
-    graph: Path | None = None,
-    graph_data: Sequence[str] = (),
+    graphs: Mapping[str, GraphFile] | None = None,
+    files: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
 ) -> ModelPackage:
-    """Publish a package; exactly one of `model` and `graph` is given.
+    """Publish a package; exactly one of `model` and `graphs` is given.
 
     Args:
         target: The package's directory, such as RUN/packages/00-train.
         manifest: All but `files`, `aliases`, `frozen`, `versions` and metrics' `size_bytes`, which are filled in here.
         recipe_yaml: The resolved recipe.
         model: Its parameters and buffers are saved; on any device.
-        graph: An ONNX file; the package is frozen.
-        graph_data: Names of the graph's external data files, beside it.
+        graphs: ONNX files by part; the package is frozen.
+        files: What the input needs, by name.
         overwrite: Replace an existing package.
 
     Raises:
         DivergedError: A weight is nan or inf.
         ResourceError: The target exists, or the disk is full, read-only or not ours.
     """
-    if (model is None) == (graph is None):
-        raise ValueError("a package holds a model or a graph")
+    if (model is None) == (graphs is None):
+        raise ValueError("a package holds a model or graphs")
     aliases: dict[str, str] = {}
     with store.publishing(target, overwrite=overwrite) as temporary:
         (temporary / RECIPE).write_text(recipe_yaml, encoding="utf-8")
+        write_files(temporary, files or {})
         if model is not None:
             aliases = save_weights(model, temporary / WEIGHTS)
-        if graph is not None:
-            for name in graph_data:
-                store.check_name(name, where=graph)
-                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(graph.parent / name, temporary / name)
-            shutil.copyfile(graph, temporary / GRAPH)
-        main = temporary / (WEIGHTS if graph is None else GRAPH)
+        for part, graph in (graphs or {}).items():
+            _copy_graph(graph, part=part, folder=temporary / GRAPHS)
+        records = store.records(temporary)
+        size_bytes = sum(one.size_bytes for name, one in records.items() if name.startswith((WEIGHTS, GRAPHS)))
         fields = manifest.model_dump() | {
-            "metrics": {"size_bytes": main.stat().st_size, **manifest.metrics},
-            "frozen": graph is not None,
+            "metrics": {"size_bytes": size_bytes, **manifest.metrics},
+            "frozen": graphs is not None,
             "aliases": aliases,
             "versions": installed_versions(),
-            "files": {name: record.model_dump() for name, record in store.records(temporary).items()},
+            "files": {name: record.model_dump() for name, record in records.items()},
         }
         manifest = Manifest.model_validate_json(json.dumps(fields, allow_nan=False))
         store.write_manifest(temporary, manifest)
     return ModelPackage(path=target, manifest=manifest)
+
+
+def _copy_graph(graph: GraphFile, *, part: str, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for name in graph.data:
+        store.check_name(name, where=graph.path)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if (folder / name).exists():
+            raise ResourceError(f"two parts of the package have a data file named {name}", hint="rename one of them")
+        shutil.copyfile(graph.path.parent / name, folder / name)
+    shutil.copyfile(graph.path, folder / f"{part}.onnx")
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """What the input of a package or an artifact needs, by name, as it was saved."""
+    root = folder / FILES
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Put down what the input needs, so that `read_files` finds it."""
+    for name, content in files.items():
+        store.check_name(name, where=folder)
+        (folder / FILES / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / FILES / name).write_bytes(content)
 
 
 def adopt(package: ModelPackage, *, into: Path) -> ModelPackage:
@@ -339,7 +339,3 @@ def _is_run(path: Path) -> bool:
         return bool(json.loads((path / store.MANIFEST).read_bytes()).get("kind") == "run")
     except (OSError, ValueError, AttributeError, RecursionError):
         return False
-
-
-def _of_versions(versions: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {versions[name]}" for name in ("torch", "torchvision", "timm") if name in versions)

@@ -13,15 +13,14 @@ from bmctl.recipe import builtin_recipes, find_recipe, load_recipe, recipe_schem
 from bmctl.session import Options
 
 
-def validate(options: Options) -> int:
+def validate(options: Options, *, recipe: str) -> int:
     """Check a recipe; every problem at once is in the error that it raises."""
-    assert options.recipe is not None
-    recipe = load_recipe(options.recipe, overrides=options.overrides or ())
+    found = load_recipe(recipe, overrides=options.overrides or ())
     with options.console() as console:
         if options.as_json:
-            console.data(json.dumps({"valid": True, "recipe": recipe.model_dump(mode="json")}, indent=2))
+            console.data(json.dumps({"valid": True, "recipe": found.model_dump(mode="json")}, indent=2))
         elif not options.quiet:
-            console.data(f"{options.recipe}: valid")
+            console.data(f"{recipe}: valid")
     return 0
 
 

@@ -17,6 +17,7 @@ Many = Annotated[tuple[T, ...], Field(strict=False)]
 
 Positive = Annotated[float, Field(gt=0)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
@@ -89,26 +90,6 @@ class Span(Strict):
     min: Annotated[int, Field(ge=0, le=2**31 - 1)] = 1
     opt: Annotated[int, Field(ge=0, le=2**31 - 1)] = 8
     max: Count = 64
-
-
-class Preprocess(Strict):
-    """From a decoded image to the model's input, exactly as in training.
-
-    Attributes:
-        size: (height, width) in pixels.
-        channels: 1 (grey) or 3 (RGB).
-        mean: Per channel, of pixels in [0, 1].
-        std: Per channel, of pixels in [0, 1].
-        interpolation: Pillow's resampling filter.
-        crop: Fraction of the shorter side kept by the centre crop; None squeezes to `size` without cropping.
-    """
-
-    size: Many[Count] = Field(min_length=2, max_length=2)
-    channels: Literal[1, 3]
-    mean: Many[float]
-    std: Many[Positive]
-    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
-    crop: Ratio | None = None
 
 
 class StepConfig(Strict):

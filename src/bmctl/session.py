@@ -18,6 +18,7 @@ from bmctl.console import Console
 from bmctl.errors import BmctlError, UsageError
 from bmctl.job import is_restarted
 from bmctl.launch import is_worker
+from bmctl.processes.signals import catch_signals
 from bmctl.recipe import Recipe, bare_recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -107,7 +108,6 @@ def stage(session: Session) -> Iterator[StageContext]:
     """What an engine stage needs, in this process: the group joined, signals caught."""
     from bmctl.engine.context import StageContext
     from bmctl.engine.parallel import join, leave
-    from bmctl.processes.signals import catch_signals
 
     options, recipe = session.options, session.recipe
     group = join(recipe.launch)

@@ -62,12 +62,13 @@ def small_graph(tmp_path_factory: pytest.TempPathFactory) -> SmallGraph:
 def rescnn_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """bmctl's residual CNN, untrained, with batch statistics that are not the initial ones; fp32 [n, 1, 28, 28]."""
     import torch
+    from tests.specs import image_spec
 
     from bmctl.engine.artifacts.graph import export_onnx
-    from bmctl.models import ModelSpec, build
+    from bmctl.models import build
 
     torch.manual_seed(0)
-    model = build(ModelSpec(name="bmctl:rescnn", num_classes=10, channels=1, size=(28, 28)))
+    model = build(image_spec("bmctl:rescnn"))
     x = torch.randn(16, 1, 28, 28)
     model.train()(x)
     path = tmp_path_factory.mktemp("rescnn") / "fp32.onnx"

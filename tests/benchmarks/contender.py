@@ -16,7 +16,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TextIO
 
-import numpy as np
 import torch
 from tests.benchmarks import handtuned
 from tests.benchmarks.gate import Batches, Gate
@@ -24,8 +23,8 @@ from tests.benchmarks.workloads import BATCHES, WORKLOADS, Workload, batches_of,
 from torch import nn
 
 from bmctl.engine.context import StageContext
-from bmctl.engine.loading.data import Split
 from bmctl.engine.loading.order import Plan
+from bmctl.engine.loading.split import Encoded, Split
 from bmctl.engine.parallel import join
 from bmctl.engine.training import fitlog, train
 from bmctl.processes.signals import Stop
@@ -167,9 +166,9 @@ class Gated(Split):
 
     gate: Gate | None = None
 
-    def pixel_batches(self, plan: Plan, *, first: int = 0, every: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def encoded(self, plan: Plan, *, first: int = 0, every: int = 1) -> Iterator[Encoded]:
         assert self.gate is not None
-        for batch in super().pixel_batches(plan, first=first, every=every):
+        for batch in super().encoded(plan, first=first, every=every):
             self.gate.step()
             yield batch
 

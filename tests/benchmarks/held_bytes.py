@@ -16,6 +16,7 @@ from bmctl.engine.parallel import join, leave
 from bmctl.engine.sharding.shared import share
 from bmctl.engine.training.optim import build_optimizer
 from bmctl.recipe import LaunchConfig
+from bmctl.schema import BATCH, TensorSpec
 
 
 def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -28,7 +29,8 @@ def main(strategy: str) -> None:
     launch = LaunchConfig(device="cpu", threads=1, strategy=strategy)
     group = join(launch)
     precision = choose_precision("bf16", group.device)
-    shared = share(workload.model(), group=group, launch=launch, precision=precision)
+    given = [TensorSpec(name="input", dtype="float32", shape=(BATCH, 3, workload.size, workload.size))]
+    shared = share(workload.model(), group=group, launch=launch, precision=precision, given=given, gives=["logits"])
     optimizer = build_optimizer(shared.model, workload.optimizer)
     x_BCHW, y_B = torch.randn(2, 3, workload.size, workload.size), torch.arange(2) % NUM_CLASSES
     with shared.exchange(True), precision.autocast(group.device):

@@ -18,8 +18,9 @@ from torchvision.transforms import v2
 from bmctl.core.stats import ratio_interval
 from bmctl.engine.loading import data
 from bmctl.engine.loading.loader import open_loader
+from bmctl.inputs import Resolved
+from bmctl.inputs.image import Spec
 from bmctl.recipe.sections import Recipe
-from bmctl.schema import Preprocess
 
 pytestmark = pytest.mark.bench
 
@@ -49,13 +50,13 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def bmctl_epochs(root: Path, *, augmented: bool, num_workers: int, held: ExitStack) -> Iterator[int]:
     source = {"kind": "folder", "root": str(root), "val": 0.01, "test": 0.01}
-    sections = {"source": source, "augment": TRAIN if augmented else {}}
+    sections = {"source": source, "input": {"augment": TRAIN if augmented else {}}}
     recipe = Recipe.model_validate({"name": "bench", "model": {"name": "bmctl:mlp"}, "data": sections})
-    to = Preprocess(size=(224, 224), channels=3, mean=MEAN, std=STD)
-    split = data.open_split(recipe, name="train", preprocess=to, augment=True)
+    to = Spec(size=(224, 224), channels=3, mean=MEAN, std=STD)
+    split = data.open_split(data.Data(recipe), name="train", given=Resolved(to), augment=True)
     loader = held.enter_context(open_loader(split, seed=0, batch_size=BATCH, num_workers=num_workers))
     for epoch in range(10**9):
-        yield sum(len(y) for x, y in loader.batches(epoch=epoch))
+        yield sum(len(batch["label"]) for batch in loader.batches(epoch=epoch))
 
 
 def torchvision_epochs(root: Path, *, augmented: bool, num_workers: int, held: ExitStack) -> Iterator[int]:

@@ -12,11 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from bmctl.engine.loading.data import Split, train_batches
+from bmctl.engine.loading.loader import open_loader
+from bmctl.engine.loading.split import Split
 from bmctl.fit import SGD, AdamW
-from bmctl.schema import Preprocess
+from bmctl.inputs import Resolved
+from bmctl.inputs.image import Spec
 from bmctl.sources import bundled
 from bmctl.sources.samples import array_samples
+from bmctl.tasks import classify
 
 NUM_CLASSES = 10
 BATCHES = 16
@@ -72,20 +75,23 @@ WORKLOADS = {
 def split_of(workload: Workload, *, num_samples: int) -> Split:
     """Fashion-MNIST enlarged to the workload's size, three channels of uint8, in memory."""
     samples = bundled.open(bundled.Config(), split="train")
-    pixels = torch.from_numpy(np.array(samples.images[:num_samples]))[:, None].float()
+    pixels = torch.from_numpy(np.array(samples.arrays["picture"][:num_samples]))[:, None].float()
     large = nn.functional.interpolate(pixels, size=(workload.size, workload.size), mode="bilinear", antialias=True)
     images_BHWC = large.round().to(torch.uint8).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
-    labels = np.array(samples.labels[:num_samples])
-    chosen = array_samples(images_BHWC, labels, class_names=samples.class_names)
-    preprocess = Preprocess(
+    labels = np.array(samples.arrays["label"][:num_samples])
+    chosen = array_samples(images_BHWC, labels, class_names=samples.columns["label"].names)
+    spec = Spec(
         size=(workload.size, workload.size), channels=3, mean=(0.286,) * 3, std=(0.353,) * 3, interpolation="bilinear"
     )
-    return Split(chosen, np.arange(num_samples), labels, preprocess, chosen.fingerprint)
+    task = classify.Config()
+    facts = classify.facts(chosen.columns, task)
+    return Split(chosen, np.arange(num_samples), chosen.fingerprint, Resolved(spec), task, facts)
 
 
 def batches_of(workload: Workload, *, channels_last: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """One epoch as float32 tensors: what bmctl's own loader makes of `split_of`, made once and for all."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     split = split_of(workload, num_samples=BATCHES * workload.batch_size)
-    made = train_batches(split, seed=0, epoch=0, batch_size=workload.batch_size)
-    return [(x_BCHW.contiguous(memory_format=layout), y_B) for x_BCHW, y_B in made]
+    with open_loader(split, seed=0, batch_size=workload.batch_size) as loader:
+        made = list(loader.batches(epoch=0))
+    return [(batch["input"].contiguous(memory_format=layout), batch["label"]) for batch in made]

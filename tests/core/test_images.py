@@ -1,4 +1,4 @@
-"""Decoding and preparing images, held against Pillow's and torchvision's own."""
+"""Decoding images, held against Pillow's own, and what is refused."""
 
 from __future__ import annotations
 
@@ -13,25 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torchvision.transforms import v2
 
 from bmctl.core import images
 from bmctl.errors import DataError
-from bmctl.models import ModelConfig, input_defaults
-from bmctl.schema import Preprocess
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (40, 30, 3), np.uint8)
 GREY = RNG.integers(0, 256, (28, 28), np.uint8)
-
-
-def spec(
-    size: tuple[int, int], *, channels: int = 3, crop: float | None = None, interpolation: str = "bilinear"
-) -> Preprocess:
-    mean, std = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)) if channels == 3 else ((0.28,), (0.35,))
-    return Preprocess(size=size, channels=channels, mean=mean, std=std, crop=crop, interpolation=interpolation)
 
 
 def save(path: Path, image: Image.Image, **options: object) -> Path:
@@ -172,79 +161,3 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
         images.decode(tmp_path / "gone.png")
     with pytest.raises(DataError, match="cannot be read"):
         images.decode(tmp_path / "nul\0.png")
-
-
-# -- prepare ----------------------------------------------------------------------------------------
-
-
-def torchvision_eval(image: np.ndarray, to: Preprocess) -> torch.Tensor:
-    """The evaluation transform as torchvision's users write it."""
-    mode = {
-        "bilinear": v2.InterpolationMode.BILINEAR,
-        "bicubic": v2.InterpolationMode.BICUBIC,
-        "nearest": v2.InterpolationMode.NEAREST,
-    }[to.interpolation]
-    height, width = to.size
-    geometry = (
-        [v2.Resize((height, width), mode)]
-        if to.crop is None
-        else [v2.Resize(round(height / to.crop), mode), v2.CenterCrop(height)]
-    )
-    steps = [v2.Grayscale()] if to.channels == 1 and image.ndim == 3 else []
-    steps += [*geometry, v2.PILToTensor()]
-    pixels = v2.Compose(steps)(Image.fromarray(image))
-    pixels = pixels.expand(to.channels, -1, -1)
-    return v2.Normalize(list(to.mean), list(to.std))(pixels.float().div(255))
-
-
-@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
-@pytest.mark.parametrize("crop", [None, 0.875, 224 / 232, 1.0])
-@pytest.mark.parametrize("shape", [(40, 30, 3), (31, 57, 3), (28, 28), (24, 24, 3)])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_the_same_pixels_as_torchvision(
-    interpolation: str, crop: float | None, shape: tuple[int, ...], channels: int
-) -> None:
-    image = RNG.integers(0, 256, shape, np.uint8)
-    to = spec((24, 24), channels=channels, crop=crop, interpolation=interpolation)
-    found = images.prepare([image], to)
-    assert found.dtype == np.float32
-    assert found.shape == (1, channels, 24, 24)
-    np.testing.assert_array_equal(found[0], torchvision_eval(image, to).numpy())
-
-
-@pytest.mark.parametrize(
-    "name", ["resnet18.a1_in1k", "tf_efficientnet_lite0.in1k", "vit_tiny_patch16_224.augreg_in21k_ft_in1k"]
-)
-def test_the_same_pixels_as_timm(name: str) -> None:
-    """timm truncates: 224 / 0.95 is 235.8, and it resizes to 235."""
-    import timm
-    from timm.data import create_transform, resolve_data_config
-
-    known = input_defaults(ModelConfig(name=f"timm:{name}", pretrained=True))
-    to = Preprocess.model_validate(known.model_dump(exclude={"num_classes", "class_names"}))
-    image = RNG.integers(0, 256, (300, 400, 3), np.uint8)
-    theirs = create_transform(**resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict()))
-    np.testing.assert_allclose(images.prepare([image], to)[0], theirs(Image.fromarray(image)).numpy(), atol=1e-6)
-
-
-def test_arrays_and_lists_are_prepared_alike() -> None:
-    block = RNG.integers(0, 256, (5, 28, 28), np.uint8)
-    for to in (spec((28, 28), channels=1), spec((28, 28)), spec((20, 30)), spec((28, 28), channels=1, crop=0.9)):
-        np.testing.assert_array_equal(images.prepare(block, to), images.prepare(list(block), to))
-    colour = RNG.integers(0, 256, (5, 28, 28, 3), np.uint8)
-    for to in (spec((28, 28)), spec((28, 28), channels=1)):
-        np.testing.assert_array_equal(images.prepare(colour, to), images.prepare(list(colour), to))
-
-
-def test_grey_among_colour_and_none_at_all() -> None:
-    to = spec((16, 16))
-    found = images.prepare([COLOUR, GREY], to)
-    np.testing.assert_array_equal(found[1], images.prepare([GREY], to)[0])
-    np.testing.assert_array_equal(found[0], images.prepare([COLOUR], to)[0])
-    assert images.prepare([], to).shape == (0, 3, 16, 16)
-    assert images.prepare(np.empty((0, 28, 28), np.uint8), to).shape == (0, 3, 16, 16)
-
-
-def test_grey_is_rounded_as_pillow_does() -> None:
-    every = RNG.integers(0, 256, (64, 64, 3), np.uint8)
-    assert np.array_equal(images.to_grey(every)[..., 0], np.asarray(Image.fromarray(every).convert("L")))

@@ -7,7 +7,15 @@ import math
 import numpy as np
 import pytest
 
-from bmctl.core.stats import mean_interval, paired_interval, ratio_interval, t_quantile, wilson
+from bmctl.core.stats import (
+    mean_interval,
+    paired_interval,
+    percentiles,
+    ratio_interval,
+    redrawn,
+    t_quantile,
+    wilson,
+)
 
 TRIALS = 1500
 
@@ -150,3 +158,41 @@ def test_unequal_numbers_are_refused() -> None:
 
 def test_one_number_says_nothing() -> None:
     assert mean_interval([0.3]) == (-math.inf, math.inf)
+
+
+def test_a_redrawn_mean_is_covered() -> None:
+    rng = np.random.default_rng(8)
+    values = rng.exponential(2.0, size=(60, 80, 1))
+    intervals = [percentiles(redrawn(one, lambda rows: {"mean": rows.mean()})["mean"]) for one in values]
+    assert 0.85 <= coverage(intervals, 2.0) <= 1.0
+
+
+def test_drawing_again_draws_the_same() -> None:
+    """So that two models on the same samples are compared on the same draws."""
+    counts = np.random.default_rng(9).normal(size=(30, 2))
+    first, second = (redrawn(counts[:, [column]], lambda rows: {"x": rows.sum()})["x"] for column in (0, 1))
+    both = redrawn(counts, lambda rows: {"x": rows.sum()})["x"]
+    assert both == pytest.approx(first + second)
+
+
+def test_of_many_samples_fewer_are_drawn_for_an_interval_as_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = np.random.default_rng(10).normal(3.0, 2.0, size=(4000, 1))
+    drawn = []
+
+    def mean(rows: np.ndarray) -> dict[str, float]:
+        drawn.append(len(rows))
+        return {"mean": float(rows.mean())}
+
+    whole = percentiles(redrawn(counts, mean)["mean"])
+    monkeypatch.setattr("bmctl.core.stats.MOST_DRAWN", 400)
+    drawn.clear()
+    fewer = percentiles(redrawn(counts, mean)["mean"])
+    assert set(drawn[1:]) == {400}
+    assert fewer[1] - fewer[0] == pytest.approx(whole[1] - whole[0], rel=0.15)
+    assert np.mean(fewer) == pytest.approx(counts.mean(), abs=0.01)
+
+
+def test_draws_without_a_value_are_left_out() -> None:
+    assert percentiles(np.array([np.nan, 1.0, 1.0, np.inf])) == (1.0, 1.0)
+    assert percentiles(np.array([np.nan])) == (-math.inf, math.inf)
+    assert np.isnan(redrawn(np.ones((1, 1)), lambda rows: {"mean": rows.mean()})["mean"]).all()

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from tests.specs import image_spec
 
 from bmctl.engine.context import StageContext
-from bmctl.engine.loading.data import open_split
-from bmctl.engine.loading.preprocess import resolve_preprocess
+from bmctl.engine.loading.data import open_split, resolve_input
 from bmctl.engine.parallel import Group
 from bmctl.engine.training import train
-from bmctl.models import ModelSpec, build
+from bmctl.models import build
 from bmctl.processes.signals import Stop
 from bmctl.recipe import Recipe, load_recipe, recipe_yaml
 from bmctl.tasks import TASKS
@@ -90,19 +90,19 @@ def make_context(run: Path, recipe: Recipe, *, seen: Seen | None = None, **given
 def make_model(recipe: Recipe) -> torch.nn.Module:
     torch.manual_seed(0)
     assert recipe.model is not None
-    return build(ModelSpec(name=recipe.model.name, num_classes=10, channels=1, size=(28, 28)))
+    return build(image_spec(recipe.model.name))
 
 
 def fit(context: StageContext, model: torch.nn.Module, **given: Any) -> train.FitResult:
     recipe = context.recipe
     assert recipe.task is not None
-    preprocess = resolve_preprocess(recipe)
+    given_input = resolve_input(context.data)
     return train.fit(
         model,
         **{
             "fit": recipe.train,
-            "train": open_split(recipe, name="train", preprocess=preprocess, augment=True),
-            "val": open_split(recipe, name="val", preprocess=preprocess),
+            "train": open_split(context.data, name="train", given=given_input, augment=True),
+            "val": open_split(context.data, name="val", given=given_input),
             "task": TASKS[recipe.task.kind],
             "task_config": recipe.task,
             "context": context,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tests.engine.runs import end, make_run, run_to_end, same, start, steps, weights
 
-SMALL = ("train.checkpoint_every_steps=4", "data.augment.shift=2")
+SMALL = ("train.checkpoint_every_steps=4", "data.input.augment.shift=2")
 
 
 @pytest.fixture(scope="module")

@@ -128,14 +128,14 @@ def test_two_processes_agree(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
-    run = make_run(tmp_path_factory.mktemp("one"), "data.augment.shift=2")
+    run = make_run(tmp_path_factory.mktemp("one"), "data.input.augment.shift=2")
     ended = run_to_end(run)
     assert ended.code == 0, ended.stderr
     return run
 
 
 def test_two_processes_end_with_the_weights_of_one(tmp_path: Path, one: Path) -> None:
-    two = make_run(tmp_path, "launch.nproc=2", "data.augment.shift=2")
+    two = make_run(tmp_path, "launch.nproc=2", "data.input.augment.shift=2")
     ended = run_to_end(two)
     assert ended.code == 0, ended.stderr
     assert ended.stderr == ""
@@ -145,7 +145,7 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path: Path, one: Path) ->
 
 def test_a_broken_sampler_is_seen(tmp_path: Path, one: Path) -> None:
     """The comparison above can fail: here both processes take the same half of every batch."""
-    two = make_run(tmp_path, "launch.nproc=2", "data.augment.shift=2")
+    two = make_run(tmp_path, "launch.nproc=2", "data.input.augment.shift=2")
     assert run_to_end(two, fault="sampler").code == 0
     assert distance(weights(one), weights(two)) > 1e-3
 

@@ -18,7 +18,7 @@ from bmctl.engine.checkpoints import checkpoint
 from bmctl.engine.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from bmctl.engine.checkpoints.state import KINDS, State
 from bmctl.engine.computing.precision import Precision, choose_precision
-from bmctl.engine.training import position
+from bmctl.engine.training import checkpointing
 from bmctl.errors import PackageError, PreemptedError
 from bmctl.processes.signals import Stop
 from bmctl.tasks import TASKS
@@ -40,7 +40,6 @@ OVERRIDES = (
 SIGNAL_AT, CRASH_AT, NOT_FINITE = 15, 13, {15, 16}
 NOT_NEEDED = {
     "step": "the manifest has it too, and a checkpoint in which they differ is refused",
-    "accumulated": "no gradients are kept over a step's border",
 }
 
 
@@ -67,13 +66,13 @@ class Scripted:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._task, name)
 
-    def loss(self, outputs: Any, targets: Any, *, config: Any) -> Any:
-        loss = self._task.loss(outputs, targets, config=config)
+    def loss(self, outputs: Any, batch: Any, *, config: Any) -> Any:
+        loss = self._task.loss(outputs, batch, config=config)
         return loss * float("nan") if self.step + 1 in NOT_FINITE else loss
 
     def evaluate(self, parts: Any, batches: Any, *, config: Any) -> Any:
         found = self._task.evaluate(parts, batches, config=config)
-        return replace(found, value=found.extra["loss"])
+        return replace(found, values={**found.values, "accuracy": found.values["loss"]})
 
 
 def trace(run: Path, *, resume: bool = False, signal_at: int = 0, crash_at: int = 0) -> dict[str, Any]:
@@ -153,7 +152,7 @@ def test_all_of_it_is_enough(tmp_path: Path, runs: dict[str, Any], name: str) ->
 def items() -> list[str]:
     fields = [name for name in State.model_fields if name not in NOT_NEEDED and name != "random"]
     generators = [f"random.{name}" for name in ("python", "numpy", "torch")]
-    sums = [f"progress.{name}" for name in position.SUMS]
+    sums = [f"progress.{name}" for name in checkpointing.SUMS]
     return [*fields, *generators, *sums, *(f"kind.{kind}" for kind in KINDS if kind != "task")]
 
 
@@ -182,7 +181,7 @@ def leave_out(item: str, found: Checkpoint) -> Checkpoint:
         tensors = {kind: {} if kind == part else entries for kind, entries in found.index.tensors.items()}
         return replace(found, index=found.index.model_copy(update={"tensors": tensors}))
     if part and name == "random":
-        fresh = position.randomness.random_state(torch.device("cpu"))
+        fresh = checkpointing.effects.random_state(torch.device("cpu"))
         rest = tuple({**one, part: fresh[part]} for one in state.random)
     elif part:
         rest = tuple({**one, part: 0.0} for one in state.progress)

@@ -11,11 +11,11 @@ from onnx import TensorProto, helper
 from tests.methods.graphs import make_context, run, samples, save, save_residual
 
 from bmctl.backends import BACKENDS
-from bmctl.core import onnxfile, onnxgraph
-from bmctl.engine.artifacts.reference import open_graph, open_reference
+from bmctl.core import onnxgraph
+from bmctl.engine.artifacts.graphrunner import open_graph, open_reference
 from bmctl.errors import RecipeError, UnsupportedError
 from bmctl.methods import cast
-from bmctl.recipe.sections import BatchProfile
+from bmctl.schema import Span
 
 HALF = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 ERROR = {"fp16": 2e-3, "bf16": 3e-2}
@@ -42,8 +42,9 @@ def test_weights_and_operators_are_half_and_borders_are_not(graph: Path, dtype: 
     assert {t.data_type for t in model.graph.initializer} == {HALF[dtype]}
     onnx.shape_inference.infer_shapes(model, strict_mode=True, check_type=True)
     assert [node.op_type for node in model.graph.node].count("Cast") == 2
-    inputs, outputs = onnxfile.read_specs(out)
-    assert inputs[0].dtype == outputs[0].dtype == "float32" and (inputs[0].name, outputs[0].name) == ("input", "logits")
+    signature = onnxgraph.read_signature(out)
+    borders = [(spec.name, spec.dtype) for spec in (*signature.inputs, *signature.outputs)]
+    assert borders == [("input", "float32"), ("logits", "float32")]
     assert out.stat().st_size < 0.6 * graph.stat().st_size
     assert meta["precision"] == dtype == onnxgraph.precision_of(out) and meta["num_kept"] == 0
 
@@ -76,8 +77,10 @@ def test_tensorrt_rtx_builds_it(graph: Path, dtype: str, tmp_path: Path) -> None
     module = BACKENDS["tensorrt_rtx"]
     apply(graph, tmp_path / "out.onnx", dtype=dtype)
     config = module.Config(capabilities=("sm89",))
-    batch = BatchProfile(min=1, opt=2, max=4)
-    module.build(tmp_path / "out.onnx", config=config, batch=batch, out=tmp_path / "model.rtx.engine")
+    signature = onnxgraph.read_signature(tmp_path / "out.onnx")
+    axes = dict.fromkeys(signature.axes, Span(min=1, opt=2, max=4))
+    out = tmp_path / "model.rtx.engine"
+    module.build(tmp_path / "out.onnx", config=config, signature=signature, axes=axes, out=out)
     assert (tmp_path / "model.rtx.engine").stat().st_size > 1000
 
 

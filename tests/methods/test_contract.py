@@ -12,13 +12,14 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from tests.specs import image_spec
 from torch import nn
 
 from bmctl import models, package
 from bmctl.core import masks
 from bmctl.engine.artifacts.graph import export_onnx
 from bmctl.errors import UnsupportedError
-from bmctl.methods import METHODS, MethodContext
+from bmctl.methods import METHODS, MethodContext, of_verb
 from bmctl.models import ModelSpec
 
 STEPS: dict[str, list[dict[str, Any]]] = {
@@ -30,16 +31,10 @@ STEPS: dict[str, list[dict[str, Any]]] = {
 MODULE_METHODS = [name for name, method in METHODS.items() if method.LEVEL == "module"]
 CHAINS = [(name,) for name in MODULE_METHODS] + [(a, b) for a in MODULE_METHODS for b in MODULE_METHODS]
 SPECS = {
-    "rescnn": ModelSpec(name="bmctl:rescnn", args={"width": 8}, num_classes=10, channels=1, size=(8, 8)),
-    "mlp": ModelSpec(name="bmctl:mlp", args={"hidden": (32, 16)}, num_classes=10, channels=1, size=(8, 8)),
-    "resnet18": ModelSpec(name="torchvision:resnet18", num_classes=10, channels=3, size=(32, 32)),
-    "vit_tiny": ModelSpec(
-        name="timm:vit_tiny_patch16_224",
-        args={"patch_size": 4, "depth": 2},
-        num_classes=10,
-        channels=3,
-        size=(8, 8),
-    ),
+    "rescnn": image_spec("bmctl:rescnn", args={"width": 8}, size=(8, 8)),
+    "mlp": image_spec("bmctl:mlp", args={"hidden": (32, 16)}, size=(8, 8)),
+    "resnet18": image_spec("torchvision:resnet18", channels=3, size=(32, 32)),
+    "vit_tiny": image_spec("timm:vit_tiny_patch16_224", args={"patch_size": 4, "depth": 2}, channels=3, size=(8, 8)),
 }
 
 
@@ -59,6 +54,20 @@ def test_every_module_method_is_covered() -> None:
     assert set(STEPS) == set(MODULE_METHODS)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_each_says_what_it_is(name: str) -> None:
+    method = METHODS[name]
+    assert method.LEVEL in ("module", "graph") and method.Config.model_fields["method"].default == name
+    assert isinstance(method.QUANTIZES, bool) and isinstance(method.CALIBRATES, bool)
+    assert not method.CALIBRATES or method.num_samples(method.Config()) > 0
+    assert name in of_verb(method.VERB)
+
+
+@pytest.mark.parametrize(("verb", "names"), [("prune", ["structured", "magnitude"]), ("lowrank", ["svd"])])
+def test_a_verbs_default_comes_first(verb: str, names: list[str]) -> None:
+    assert of_verb(verb) == names and of_verb("quantize") == ["ptq", "cast"]
+
+
 def make(spec: ModelSpec) -> nn.Module:
     """A model whose batch statistics are no longer the initial ones."""
     torch.manual_seed(0)
@@ -69,7 +78,7 @@ def make(spec: ModelSpec) -> nn.Module:
 
 
 def samples(spec: ModelSpec, num: int, *, seed: int) -> torch.Tensor:
-    return torch.randn(num, spec.channels, *spec.size, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(num, *spec.given[0].shape[1:], generator=torch.Generator().manual_seed(seed))
 
 
 def train(model: nn.Module, spec: ModelSpec) -> None:

@@ -16,7 +16,8 @@ from bmctl.backends import BACKENDS
 from bmctl.core import onnxfile, onnxgraph
 from bmctl.errors import DataError, RecipeError, UnsupportedError
 from bmctl.methods import ptq
-from bmctl.recipe.sections import BatchProfile
+from bmctl.methods.ptq import quantization
+from bmctl.schema import Span
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_weights_are_stored_as_int8(graph: Path, quantized: Path) -> None:
 def test_every_quantizer_is_symmetric(quantized: Path) -> None:
     model = onnx.load(quantized)
     held = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    points = [held[node.input[2]] for node in model.graph.node if node.op_type in onnxfile.QUANTIZING]
+    points = [held[node.input[2]] for node in model.graph.node if node.op_type in onnxgraph.QUANTIZING]
     assert points and not any(point.any() for point in points)
 
 
@@ -68,8 +69,10 @@ def test_tensorrt_rtx_builds_it(quantized: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     module = BACKENDS["tensorrt_rtx"]
     config = module.Config(capabilities=("sm89",))
-    module.build(quantized, config=config, batch=BatchProfile(min=1, opt=2, max=4), out=tmp_path / "model.rtx.engine")
-    assert (tmp_path / "model.rtx.engine").stat().st_size > 1000
+    signature, out = onnxgraph.read_signature(quantized), tmp_path / "model.rtx.engine"
+    axes = dict.fromkeys(signature.axes, Span(min=1, opt=2, max=4))
+    module.build(quantized, config=config, signature=signature, axes=axes, out=out)
+    assert out.stat().st_size > 1000
 
 
 def test_the_same_samples_give_the_same_bytes(graph: Path, quantized: Path, tmp_path: Path) -> None:
@@ -90,7 +93,7 @@ def test_ignored_nodes_stay_in_fp32(graph: Path, quantized: Path, tmp_path: Path
 
 
 def test_products_left_in_fp32_are_told(graph: Path) -> None:
-    (note,) = ptq._left_over(onnx.load(graph), ["head"])
+    (note,) = quantization._left_over(onnx.load(graph), ["head"])
     assert note.startswith("2 of 3 products stay in fp32, such as stem")
 
 

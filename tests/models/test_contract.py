@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.specs import image_spec
 
 from bmctl import models
 from bmctl.errors import RecipeError
@@ -41,8 +42,8 @@ CASES = [(prefix, *case) for prefix in MODELS for case in SMALL[prefix]]
 def spec(
     prefix: str, name: str, args: dict[str, object], channels: int, size: tuple[int, int], *, classes: int = 7
 ) -> ModelSpec:
-    fields = {"name": f"{prefix}:{name}", "args": args, "num_classes": classes, "channels": channels, "size": size}
-    return models.resolve(ModelSpec.model_validate(fields))
+    asked = image_spec(f"{prefix}:{name}", args=args, num_classes=classes, channels=channels, size=size)
+    return models.resolve(asked)
 
 
 @pytest.mark.parametrize(("prefix", "name", "args", "channels", "size"), CASES)
@@ -70,21 +71,19 @@ def test_names_are_known_and_misspellings_are_guessed(prefix: str) -> None:
         models.check_name(f"{prefix}:{known[0]}x")
     assert f"{prefix}:{known[0]}" in caught.value.hint
     with pytest.raises(RecipeError) as caught:
-        models.build(ModelSpec(name=f"{prefix}:qqqqqqqqqqqq", num_classes=2, channels=3, size=(32, 32)))
+        models.build(image_spec(f"{prefix}:qqqqqqqqqqqq"))
     assert caught.value.hint
 
 
 @pytest.mark.parametrize("prefix", MODELS)
 def test_without_published_weights_the_data_decide_the_normalisation(prefix: str) -> None:
-    known = models.input_defaults(ModelConfig(name=f"{prefix}:{SMALL[prefix][0][0]}"))
-    assert (known.mean, known.std, known.crop, known.num_classes) == (None, None, None, None)
+    known = models.published(ModelConfig(name=f"{prefix}:{SMALL[prefix][0][0]}"))
+    assert not {"mean", "std", "crop"} & set(known.of("image")) and known.num_classes is None
 
 
 @pytest.mark.parametrize("prefix", MODELS)
 def test_arguments_that_do_not_exist_are_refused(prefix: str) -> None:
     name, _, channels, size = SMALL[prefix][0]
-    if prefix == "transformers":  # its configurations take any key: only what is dangerous is refused
-        pytest.skip("no such check in transformers")
     with pytest.raises(RecipeError, match="nonsense"):
         models.build(spec(prefix, name, {"nonsense": 1}, channels, size))
 
@@ -103,7 +102,7 @@ def test_arguments_that_do_not_exist_are_refused(prefix: str) -> None:
 )
 def test_arguments_that_would_fetch_or_run_something_are_refused(case: tuple) -> None:
     with pytest.raises(RecipeError, match=r"model\.args"):
-        models.build(ModelSpec(name=f"{case[0]}:{case[1]}", args=case[2], num_classes=2, channels=3, size=case[4]))
+        models.build(image_spec(f"{case[0]}:{case[1]}", args=case[2], num_classes=2, channels=3, size=case[4]))
 
 
 @pytest.mark.parametrize(
@@ -128,13 +127,14 @@ def test_torchvision_takes_rgb_only() -> None:
 @pytest.mark.parametrize("prefix", ["torchvision", "timm"])
 def test_vision_transformers_say_their_size(prefix: str) -> None:
     name = {"torchvision": "vit_b_32", "timm": "vit_tiny_patch16_224"}[prefix]
-    assert models.input_defaults(ModelConfig(name=f"{prefix}:{name}")).size == (224, 224)
+    assert models.published(ModelConfig(name=f"{prefix}:{name}")).of("image")["size"] == (224, 224)
 
 
 def test_the_publishers_input_and_classes() -> None:
     for name, size, crop in (("torchvision:resnet50", 224, 224 / 232), ("timm:tf_efficientnet_lite0", 224, 0.875)):
-        known = models.input_defaults(ModelConfig(name=name, pretrained=True))
-        assert (known.size, known.channels, known.crop) == ((size, size), 3, crop)
+        known = models.published(ModelConfig(name=name, pretrained=True))
+        image = known.of("image")
+        assert (image["size"], image["channels"], image["crop"]) == ((size, size), 3, crop)
         assert known.num_classes == len(known.class_names or ()) == 1000
         assert (known.class_names or ("",))[0].startswith("tench")
 
@@ -143,5 +143,5 @@ def test_unpublished_weights_are_not_promised() -> None:
     for name in ("bmctl:mlp", "transformers:vit"):
         config = ModelConfig(name=name, pretrained=True)
         with pytest.raises(RecipeError, match=r"model\.pretrained"):
-            models.input_defaults(config)
-            models.build(ModelSpec(name=name, num_classes=2, channels=3, size=(224, 224)), pretrained=True)
+            models.published(config)
+            models.build(image_spec(name, num_classes=2, channels=3, size=(224, 224)), pretrained=True)

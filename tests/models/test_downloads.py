@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.specs import image_spec
 
 from bmctl import models
 from bmctl.errors import DependencyError, PackageError, RecipeError
@@ -26,18 +27,20 @@ HUB_SCRIPT = """
 import json, sys, torch
 from bmctl import models
 from bmctl.errors import BmctlError
-from bmctl.models import ModelConfig, ModelSpec
+from bmctl.models import ModelConfig
+from tests.specs import image_spec
 
 def picture(size):
     small = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
     return small.repeat_interleave(size // 32, 2).repeat_interleave(size // 32, 3)
 
 def build(name, num_classes):
-    known = models.input_defaults(ModelConfig(name=name, pretrained=True))
-    spec = models.resolve(ModelSpec(name=name, num_classes=num_classes, channels=3, size=known.size))
+    known = models.published(ModelConfig(name=name, pretrained=True))
+    size = known.of("image").get("size", (32, 32))
+    spec = models.resolve(image_spec(name, num_classes=num_classes, channels=3, size=size))
     model = models.build(spec, pretrained=True).eval()
     with torch.no_grad():
-        logits = model(picture(known.size[0]))[0].tolist()
+        logits = model(picture(size[0]))[0].tolist()
     return {"spec": spec.model_dump(), "known": known.model_dump(), "logits": logits}
 
 for line in sys.argv[1:]:
@@ -66,7 +69,7 @@ def picture(size: int) -> torch.Tensor:
 
 def publish_vit(hub: Hub) -> torch.nn.Module:
     """A tiny ViT of transformers with 5 classes, as its owner would have uploaded it."""
-    spec = ModelSpec(name="transformers:vit", args=TINY_VIT, num_classes=5, channels=3, size=(32, 32))
+    spec = image_spec("transformers:vit", args=TINY_VIT, num_classes=5, channels=3, size=(32, 32))
     model = models.build(spec).eval()
     folder = hub.root / "someone" / "tiny-vit"
     folder.mkdir(parents=True)
@@ -99,7 +102,7 @@ def test_transformers_from_the_hub_and_then_offline(hub: Hub, tmp_path: Path) ->
     names = (f"{VIT} 5", f"{VIT} 3", "transformers:nobody/nothing 5", "transformers:someone/text 5")
     found, other, nothing, text = from_hub(hub.url, tmp_path, *names)
     torch.testing.assert_close(torch.tensor(found["logits"]), expected)
-    known = found["known"]
+    known = found["known"]["input"] | {"class_names": found["known"]["class_names"]}
     assert (known["size"], known["mean"], known["interpolation"]) == ([32, 32], [0.4] * 3, "bicubic")
     assert known["class_names"] == [f"class {index}" for index in range(5)]
     # The package's record builds the same structure with no hub at all.
@@ -108,7 +111,7 @@ def test_transformers_from_the_hub_and_then_offline(hub: Hub, tmp_path: Path) ->
     assert len(other["logits"]) == 3
     assert (nothing["exit_code"], text["exit_code"]) == (6, 3)
     assert "no such model" in nothing["message"]
-    assert "no image classifier" in text["message"]
+    assert "takes texts; the data give input float32" in text["message"]
     assert not any("evil" in asked for asked in hub.asked)
     cached, absent = from_hub("http://127.0.0.1:9", tmp_path, f"{VIT} 5", "timm:test_vit 5", offline=True)
     assert cached["logits"] == found["logits"]
@@ -157,12 +160,12 @@ def published(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict
     prefix = hashlib.sha256((hub.root / "files" / "x.pth").read_bytes()).hexdigest()[:8]
     (hub.root / "files" / "x.pth").rename(hub.root / "files" / f"shuffle-{prefix}.pth")
     weights = SimpleNamespace(url=f"{hub.url}/files/shuffle-{prefix}.pth")
-    monkeypatch.setattr(of_torchvision, "published", lambda name: weights)
+    monkeypatch.setattr(of_torchvision, "weights_of", lambda name: weights)
     return state
 
 
 def shufflenet(num_classes: int) -> torch.nn.Module:
-    spec = ModelSpec(name="torchvision:shufflenet_v2_x0_5", num_classes=num_classes, channels=3, size=(32, 32))
+    spec = image_spec("torchvision:shufflenet_v2_x0_5", num_classes=num_classes, channels=3, size=(32, 32))
     return models.build(spec, pretrained=True)
 
 
@@ -217,6 +220,6 @@ def test_a_pickle_that_would_run_code_is_refused(hub: Hub, published: dict[str, 
 
 
 def test_weights_of_another_model_are_refused(published: dict[str, torch.Tensor]) -> None:
-    spec = ModelSpec(name="torchvision:resnet18", num_classes=7, channels=3, size=(32, 32))
+    spec = image_spec("torchvision:resnet18", num_classes=7, channels=3, size=(32, 32))
     with pytest.raises(RecipeError, match="do not fit"):
         models.build(spec, pretrained=True)

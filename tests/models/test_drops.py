@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.specs import image_spec
 
 from bmctl import models
 from bmctl.errors import RecipeError
 from bmctl.models import ModelConfig, ModelSpec
-from bmctl.models.networks import StochasticDepth
+from bmctl.models.own.networks import StochasticDepth
 
 TINY_VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 # Name, field, other arguments, the constructor's name for it.
@@ -39,7 +40,7 @@ REFUSED = [
 
 def spec_of(name: str, args: dict, **drops: float) -> ModelSpec:
     config = ModelConfig.model_validate({"name": name, "args": args, **drops})
-    return ModelSpec(name=name, args=models.spec_args(config), num_classes=5, channels=3, size=(32, 32))
+    return image_spec(name, args=models.spec_args(config), num_classes=5, channels=3, size=(32, 32))
 
 
 @pytest.mark.parametrize(("name", "field", "args", "argument"), TAKEN)
@@ -86,5 +87,5 @@ def test_stochastic_depth_keeps_the_mean_and_drops_whole_samples() -> None:
 
 
 def test_a_bad_probability_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"model\.args\.dropout: 1"):
+    with pytest.raises(RecipeError, match=r"model\.args\.dropout: must be less than 1, got 1"):
         models.build(ModelSpec(name="bmctl:mlp", args={"dropout": 1}, num_classes=5, channels=3, size=(8, 8)))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.specs import image_spec
 
 from bmctl import models
 from bmctl.errors import RecipeError
-from bmctl.models import ModelSpec
 
 
 def build(name: str, **args: object) -> torch.nn.Module:
-    fields = {"name": f"bmctl:{name}", "args": args, "num_classes": 10, "channels": 1, "size": (28, 28)}
-    return models.build(ModelSpec.model_validate(fields))
+    return models.build(image_spec(f"bmctl:{name}", args=args))
 
 
 def count(model: torch.nn.Module) -> int:
@@ -47,15 +46,36 @@ def test_a_few_steps_learn(name: str) -> None:
     ("name", "args"),
     [
         ("rescnn", {"width": 0}),
+        ("rescnn", {"width": 2**17}),
         ("rescnn", {"width": True}),
+        ("rescnn", {"stochastic_depth": 1.0}),
         ("rescnn", {"hidden": (3,)}),
         ("mlp", {"hidden": (0,)}),
         ("mlp", {"hidden": "x"}),
+        ("mlp", {"dropout": True}),
     ],
 )
 def test_bad_arguments_are_refused(name: str, args: dict) -> None:
-    with pytest.raises(RecipeError, match=r"model\.args"):
+    with pytest.raises(RecipeError, match=rf"model\.args\.{next(iter(args))}: "):
         build(name, **args)
+
+
+def test_an_argument_that_is_not_known_is_refused_with_the_nearest() -> None:
+    with pytest.raises(RecipeError, match=r"model\.args\.widht: bmctl:rescnn takes no such argument") as caught:
+        build("rescnn", widht=8)
+    assert caught.value.hint == "did you mean width?"
+    with pytest.raises(RecipeError) as caught:
+        build("mlp", bananas=8)
+    assert caught.value.hint == "bmctl:mlp takes hidden, dropout"
+
+
+def test_one_hidden_layer_may_be_one_number() -> None:
+    assert count(build("mlp", hidden=16)) == count(build("mlp", hidden=(16,))) == 784 * 16 + 16 + 16 * 10 + 10
+
+
+def test_images_that_nothing_would_be_left_of_are_refused() -> None:
+    with pytest.raises(RecipeError, match="at least 8x8 pixels"):
+        models.build(image_spec("bmctl:rescnn", size=(7, 28)))
 
 
 @pytest.mark.parametrize("name", ["rescnn", "mlp"])

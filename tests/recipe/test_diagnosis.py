@@ -60,6 +60,7 @@ def told(tmp_path: Path, text: str) -> str:
         ("train: {optimizer: {lr: 1e999}}", r"must be a finite number, got \.inf"),
         ("seed: -1", r"seed: must be at least 0, got -1"),
         ("seed: 5000000000", r"seed: must be less than 4294967296, got 5000000000"),
+        ("gates: {metrics: {loss: {mx: 1}}}", r"loss\.mx: unknown key\n    hint: did you mean max\?"),
         ("gates: {max_drop: 1.5}", r"4:9: gates\.max_drop: must be at most 1, got 1\.5"),
         # choices
         ("launch: {device: gpu}", r'4:10: launch\.device: must be one of auto, cpu, cuda, got "gpu"$'),
@@ -87,15 +88,15 @@ def test_problems(tmp_path: Path, text: str, pattern: str) -> None:
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
-        ("x", 'data.preprocess.size: must be a whole number or a list, got "x"'),
-        ("{a: 1}", "data.preprocess.size: must be a whole number or a list, got a mapping"),
-        ("0", "data.preprocess.size: must be at least 1, got 0"),
-        ("[8, 0]", "data.preprocess.size.1: must be at least 1, got 0"),
-        ("[8, a]", 'data.preprocess.size.1: must be a whole number, got "a"'),
+        ("x", 'data.input.size: must be a whole number or a list, got "x"'),
+        ("{a: 1}", "data.input.size: must be a whole number or a list, got a mapping"),
+        ("0", "data.input.size: must be at least 1, got 0"),
+        ("[8, 0]", "data.input.size.1: must be at least 1, got 0"),
+        ("[8, a]", 'data.input.size.1: must be a whole number, got "a"'),
     ],
 )
 def test_a_value_that_may_be_of_two_types_is_one_problem(tmp_path: Path, size: str, expected: str) -> None:
-    found = told(tmp_path, f"name: r\ndata:\n  source: digits\n  preprocess: {{size: {size}}}\n").splitlines()
+    found = told(tmp_path, f"name: r\ndata:\n  source: digits\n  input: {{size: {size}}}\n").splitlines()
     assert len(found) == 1
     assert found[0].endswith(f": {expected}")
 

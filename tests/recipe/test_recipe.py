@@ -295,7 +295,7 @@ def test_variables_that_are_not_set(write: Write, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    "overrides", [[], ["train=", "compress=[]"], ["seed=7", "data.preprocess={size: [8, 9], mean: [.5], std: [1]}"]]
+    "overrides", [[], ["train=", "compress=[]"], ["seed=7", "data.input={size: [8, 9], mean: [.5], std: [1]}"]]
 )
 def test_saved_recipe_loads_as_an_equal_one(write: Write, overrides: list[str]) -> None:
     recipe = load_recipe(write(), overrides=overrides)
@@ -329,6 +329,14 @@ def test_plan_names_every_stage(write: Write) -> None:
     assert "onnxruntime, openvino; batches of 1 to 64" in lines["export"]
     assert "at most 0.02" in lines["gates"]
     assert "x.png" in lines["infer"]
+
+
+@pytest.mark.parametrize(
+    ("samples", "limit", "most"), [(None, None, 300), (500, None, 500), (500, 90, 90), (20, 90, 20)]
+)
+def test_plan_says_how_many_samples_calibrate(write: Write, samples: int | None, limit: int | None, most: int) -> None:
+    overrides = [f"compress=[{{method: ptq, samples: {samples or 'null'}}}]", f"data.calib.limit={limit or 'null'}"]
+    assert f"calibrated on {most} samples" in dict(describe(load_recipe(write(), overrides=overrides)))["compress"]
 
 
 def test_importing_the_recipe_is_light() -> None:

@@ -13,17 +13,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.core import regression
 
 from bmctl import package, report, store
 from bmctl.core import scores
 from bmctl.core.evaluation import Evaluation
 from bmctl.core.stats import paired_interval, ratio_interval
 from bmctl.errors import PackageError
-from bmctl.report import page, rows
+from bmctl.report import numbers, rows
+from bmctl.tasks import TASKS, classify
 
 NUMBER = 400
 SLOW = tuple(27.0 + 0.1 * i for i in range(15))
 FAST = tuple(9.0 + 0.1 * ((7 * i) % 15) for i in range(15))
+
+
+def classified(hits: np.ndarray) -> Evaluation:
+    """Of ten classes; a miss is taken for the next one, and a loss of 0.1 or 2.1."""
+    target = np.arange(len(hits)) % 10
+    counts = np.stack([target, np.where(hits == 1, target, (target + 1) % 10), 2.1 - 2 * hits], axis=1)
+    return Evaluation("classify", counts.astype(np.float64), classify.metrics(counts), 0.1)
 
 
 class Run:
@@ -63,15 +72,17 @@ class Run:
         return store.manifest_hash(folder)
 
     def evaluation(self, artifact: str, hits: np.ndarray, *, split: str = "test", data: str = "d") -> None:
+        self.file(artifact, classified(hits), split=split, data=data)
+
+    def file(self, artifact: str, found: Evaluation, *, split: str = "test", data: str = "d") -> None:
         key = scores.Key(
-            artifact=artifact, backend="b", data=data, split=split, limit=None, task={"kind": "classify"}, preprocess={}
+            artifact=artifact, backend="b", data=data, split=split, limit=None, task={"kind": found.task}, preprocess={}
         )
-        found = Evaluation("accuracy", float(hits.mean()), hits, 0.1, {})
         path = scores.path_of(self.path, artifact=artifact, split=split)
         path.parent.mkdir(exist_ok=True)
         path.write_text(scores.pack(found, key=key).model_dump_json())
 
-    def timings(self, **artifacts: tuple[tuple[float, ...], str | None]) -> None:
+    def timings(self, *, peak: int | None = None, **artifacts: tuple[tuple[float, ...], str | None]) -> None:
         timed = {
             name.replace("__", "/"): rows.Timing(
                 p50_ms=float(np.median(samples)),
@@ -80,6 +91,7 @@ class Run:
                 samples_ms=samples,
                 throughput=64_000 / float(np.median(samples)),
                 artifact=artifact,
+                peak_memory_bytes=peak,
             )
             for name, (samples, artifact) in artifacts.items()
         }
@@ -195,9 +207,10 @@ def test_an_empty_run_has_an_empty_report(tmp_path: Path) -> None:
 
 
 def test_manifest_metrics_stand_in_where_no_scores_were_kept(run: Run) -> None:
-    run.package("00-train", val={"metric": "accuracy", "value": 0.8, "low": 0.75, "high": 0.84, "baseline": 0.1})
-    metric = report.collect(run.path).rows[0].val
-    assert metric == rows.Metric("accuracy", 0.8, 0.75, 0.84, None, 0.1, is_share=True)
+    said = {"metric": "rmse", "value": 0.8, "low": 0.75, "high": 0.84, "baseline": 0.1, "better": "lower", "unit": "m"}
+    run.package("00-train", val=said)
+    score = report.collect(run.path).rows[0].val
+    assert score == rows.Score("rmse", 0.8, 0.75, 0.84, None, 0.1, better="lower", unit="m")
 
 
 def test_validation_is_compared_where_there_is_no_test(run: Run) -> None:
@@ -270,14 +283,16 @@ def test_a_drop_on_validation_is_marked_beside_those_on_test(run: Run) -> None:
 
 @pytest.mark.parametrize(("value", "text"), [(2.72, "2.7x"), (0.3, "0.30x"), (0.023, "0.02x"), (12.0, "12.0x")])
 def test_ratios_below_one_keep_their_digits(value: float, text: str) -> None:
-    assert page.ratio_text(rows.Comparison(value, None, None, "x")) == text
+    assert numbers.ratio_text(rows.Comparison(value, None, None, "x")) == text
 
 
 # -- its forms --------------------------------------------------------------------------------------
 
 
 def gated(whole: Run) -> rows.Report:
-    result = rows.GateResult("max_drop", "deploy/openvino", 0.01, 0.02, passed=False, why="2.00 [0.36, 3.62] points")
+    result = rows.GateResult(
+        "max_drop", "deploy/openvino", 0.01, 0.02, False, "2.00 [0.36, 3.62] points", "1.00 points"
+    )
     return report.with_gates(report.collect(whole.path), (result,))
 
 
@@ -286,8 +301,8 @@ def test_json_has_stable_keys_with_units(whole: Run) -> None:
     assert set(document) == {"format", "run", "bmctl", "batch_size", "machine", "rows", "gates", "notes"}
     assert set(document["rows"][0]) == {
         "name", "kind", "stage", "backend", "is_original", "precision", "num_params", "macs", "size_bytes", "val",
-        "test", "drop", "latency", "samples_per_s", "speedup", "speedup_over_onnxruntime", "status", "reason",
-        "command_elsewhere",
+        "test", "drop", "latency", "samples_per_s", "speedup", "speedup_over_onnxruntime",
+        "peak_memory_bytes", "status", "reason", "command_elsewhere", "test_metrics", "test_drops",
     }  # fmt: skip
     assert set(document["rows"][5]["latency"]) == {"p50_ms", "p90_ms", "p99_ms", "num_rounds"}
     assert document["gates"][0]["passed"] is False
@@ -327,6 +342,100 @@ def test_tables_of_the_page_are_tables(whole: Run) -> None:
         else:
             assert len(set(block)) <= 1
             block = []
+
+
+def test_every_metric_is_compared_on_test_data(whole: Run) -> None:
+    row = rows_of(report.collect(whole.path))["deploy/openvino"]
+    assert list(row.test_metrics) == list(row.test_drops) == ["accuracy", "macro_f1", "loss"]
+    assert (row.test_metrics["accuracy"], row.test_drops["accuracy"]) == (row.test, row.drop)
+    f1 = row.test_drops["macro_f1"]
+    before, now = (classify.metrics(classified(whole.hits[name]).counts) for name in ("train", "ptq"))
+    assert f1.value == pytest.approx(before["macro_f1"] - now["macro_f1"])
+    assert f1.low < f1.value < f1.high
+    assert row.test_drops["loss"].value == pytest.approx(0.04)  # 8 of 400 more, 2.0 each: worse, so positive
+    assert [score.interval for score in row.test_metrics.values()] == ["wilson", "bootstrap", "t"]
+
+
+def test_further_metrics_have_their_own_table(whole: Run) -> None:
+    text = report.to_markdown(report.collect(whole.path))
+    assert "## Further metrics" in text
+    assert re.search(r"\| deploy/openvino \| macro_f1 \| 88\.\d % \[.*\] \| drop [12]\.\d \[.*\] points \|", text)
+    assert re.search(r"\| deploy/openvino \| loss \| 0\.3400 nats \[.*\] \| increase 0\.0400 \[.*\] nats \|", text)
+
+
+def test_the_page_of_accuracy_says_what_it_always_did(whole: Run) -> None:
+    text = report.to_markdown(gated(whole))
+    for piece in (
+        "| stage | params | MACs | size | val accuracy | test accuracy | drop, points |",
+        "; accuracy drops by 2.0 [0.2, 3.7] points.",
+        "Brackets hold 95 % intervals: Wilson's for a share of samples; the adjusted Wald interval of matched pairs "
+        "for a drop, which compares the same samples with the first package; a bootstrap over interleaved rounds for a "
+        "speedup, which compares samples per second with the original on the same runtime. A positive drop is a loss.",
+    ):
+        assert piece in text, piece
+
+
+@pytest.fixture
+def lower(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Trained and quantized, judged by a metric that is better when lower, and is no share."""
+    kinds = {**TASKS, regression.KIND: regression}
+    monkeypatch.setattr(report, "TASKS", kinds)
+    monkeypatch.setattr(report.scoring, "TASKS", kinds)
+    train, ptq = run.package("00-train"), run.package("01-ptq", frozen=True)
+    run.file(train, regression.evaluation(regression.predicted()))
+    built = run.artifact("openvino", of=ptq, precision="int8")
+    run.file(built, regression.evaluation(regression.predicted(noise=0.8, seed=1)))
+    run.timings(openvino=(FAST, built), peak=43_900_000)
+    return run
+
+
+def test_what_is_better_when_lower_rises(lower: Run) -> None:
+    found = report.collect(lower.path)
+    row = rows_of(found)["deploy/openvino"]
+    assert row.drop is not None
+    assert row.drop.value > row.drop.low > 0, "worse is positive"
+    assert row.drop.value == pytest.approx(row.test.value - rows_of(found)["packages/00-train"].test.value)
+    assert (row.test.name, row.test.better, row.test.unit, row.test.interval) == ("rmse", "lower", "", "bootstrap")
+    text = report.to_markdown(found)
+    for piece in (
+        r"- train: rmse 0\.\d{4} \[0\.\d{4}, 0\.\d{4}\] on 400 test samples; a trivial predictor gets 1\.0000\.",
+        r"; rmse increases by 0\.\d{4} \[0\.\d{4}, 0\.\d{4}\]\.",
+        r"\| val rmse \| test rmse \| increase \|",
+        r"\| deploy/openvino \| f1 \| \d\d\.\d % \[.*\] \| drop \d+\.\d \[.*\] points \|",
+        r"\| deploy/openvino \| mae \| 0\.\d{4} cm \[.*\] \| increase 0\.\d{4} \[.*\] cm \|",
+        r"a bootstrap over samples, and over matched pairs for an increase, .* A positive increase is a loss\.",
+    ):
+        assert re.search(piece, text), piece
+    assert "rmse drops" not in text
+    assert "Wilson" not in text
+
+
+def test_peak_memory_is_shown_where_it_was_measured(lower: Run) -> None:
+    assert "| peak memory |" in report.to_markdown(report.collect(lower.path))
+    assert rows_of(report.collect(lower.path))["deploy/openvino"].peak_memory_bytes == 43_900_000
+    assert re.search(r"^\| openvino .* \| 44 MB \|$", report.to_markdown(report.collect(lower.path)), re.MULTILINE)
+
+
+def test_without_a_measurement_there_is_no_column_of_memory(whole: Run) -> None:
+    assert "peak" not in report.to_markdown(report.collect(whole.path))
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (0.8951, "share", "89.5 %"),
+        (0.31, "nats", "0.3100 nats"),
+        (23.4567, "", "23.457"),
+        (487.256, "", "487.26"),
+        (123456.7, "m", "123,457 m"),
+        (0.00123, "", "0.00123"),
+        (-0.5, "", "-0.5000"),
+        (0.0, "", "0.0000"),
+        (math.inf, "", "inf"),
+    ],
+)
+def test_values_keep_the_figures_that_matter(value: float, unit: str, text: str) -> None:
+    assert numbers.value_text(value, unit) == text
 
 
 def test_it_needs_no_torch(whole: Run) -> None:

@@ -15,17 +15,17 @@ from bmctl.sources import bundled
 
 
 def open_split(split: str) -> np.ndarray:
-    return bundled.open(bundled.Config(), split=split).images
+    return bundled.open(bundled.Config(), split=split).arrays["picture"]
 
 
 @pytest.mark.parametrize(("split", "size"), [("train", 12_000), ("val", 2_000), ("test", 5_000)])
 def test_classes_are_balanced_and_neighbours_differ(split: str, size: int) -> None:
     samples = bundled.open(bundled.Config(), split=split)
-    assert samples.images.shape == (size, 28, 28)
-    assert samples.images.dtype == np.uint8
-    assert set(np.bincount(samples.labels)) == {size // 10}
-    assert sorted(samples.labels[:10]) == list(range(10))
-    assert samples.class_names[9] == "Ankle boot"
+    assert samples.arrays["picture"].shape == (size, 28, 28)
+    assert samples.arrays["picture"].dtype == np.uint8
+    assert set(np.bincount(samples.arrays["label"])) == {size // 10}
+    assert sorted(samples.arrays["label"][:10]) == list(range(10))
+    assert samples.columns["label"].names[9] == "Ankle boot"
 
 
 def test_no_row_stands_twice() -> None:
@@ -38,10 +38,11 @@ def test_no_row_stands_twice() -> None:
 def test_labels_belong_to_the_images() -> None:
     """Nearest class mean, from train to test: known to be about 68 % on Fashion-MNIST, 10 % by luck."""
     train, test = (bundled.open(bundled.Config(), split=split) for split in ("train", "test"))
-    means = np.stack([train.images[train.labels == label].mean(axis=0).ravel() for label in range(10)])
-    pixels = test.images.reshape(len(test.images), -1).astype(np.float64)
+    of_class = [train.arrays["picture"][train.arrays["label"] == label] for label in range(10)]
+    means = np.stack([each.mean(axis=0).ravel() for each in of_class])
+    pixels = test.arrays["picture"].reshape(len(test.arrays["picture"]), -1).astype(np.float64)
     distances = (means**2).sum(axis=1) - 2 * pixels @ means.T
-    assert (distances.argmin(axis=1) == test.labels).mean() > 0.65
+    assert (distances.argmin(axis=1) == test.arrays["label"]).mean() > 0.65
 
 
 def test_samples_are_one_of_each_class() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bmctl.errors import DependencyError
+from bmctl.inputs import INPUTS
 from bmctl.schema import Strict
 from bmctl.sources import SOURCES, digits
 
@@ -23,7 +24,10 @@ def configs(tmp_path: Path, save_images: SaveImages) -> dict[str, Strict]:
     for prefix in ("train", "t10k"):
         write(tmp_path / f"{prefix}-images-idx3-ubyte", np.random.default_rng(0).integers(0, 256, (30, 5, 5), np.uint8))
         write(tmp_path / f"{prefix}-labels-idx1-ubyte", np.arange(30, dtype=np.uint8) % 3)
+    texts = [f"the {index}th text\t{'ab'[index % 2]}" for index in range(40)]
+    (tmp_path / "texts.tsv").write_text("\n".join(["text\tlabel", *texts]))
     fields = {
+        "table": {"path": str(tmp_path / "texts.tsv")},
         "folder": {"root": str(tmp_path / "data")},
         "csv": {"path": str(tmp_path / "list.csv")},
         "idx": {"root": str(tmp_path)},
@@ -42,28 +46,62 @@ def test_samples_are_the_same_every_time_and_fit_together(configs: dict[str, Str
         samples = SOURCES[kind].open(configs[kind], split=split)
         again = SOURCES[kind].open(configs[kind], split=split)
         assert samples.fingerprint == again.fingerprint
-        assert samples.labels.dtype == np.int64
-        assert set(samples.labels) <= set(range(len(samples.class_names)))
-        assert len(samples.labels) > 0
-        last = len(samples.labels) - 1
-        images = samples.read([last, 0, last])
-        assert all(image.dtype == np.uint8 and image.ndim in (2, 3) for image in images)
-        assert np.array_equal(images[0], images[2])
-        assert np.array_equal(images[0], samples.read([last])[0])
+        assert len(samples) > 0
+        last = len(samples) - 1
+        records = samples.read([last, 0, last])
+        what = "text" if SOURCES[kind].INPUT == "text" else "picture"
+        assert list(records) == list(samples.columns) == [what, "label"]
+        labels = samples.read(range(len(samples)), only=("label",))
+        assert list(labels) == ["label"]
+        assert labels["label"].dtype == np.int64
+        assert set(labels["label"]) <= set(range(len(samples.columns["label"].names)))
+        assert labels["label"][[last, 0, last]].tolist() == records["label"].tolist()
+        values = [np.asarray(value) for value in records[what]]
+        if what == "picture":
+            assert all(image.dtype == np.uint8 and image.ndim in (2, 3) for image in values)
+        else:
+            assert all(isinstance(text, str) for text in records[what])
+        assert np.array_equal(values[0], values[2])
+        assert np.array_equal(values[0], samples.read([last])[what][0])
         seen.add(samples.fingerprint)
     assert len(seen) == 3
 
 
 @pytest.mark.parametrize("kind", SOURCES)
+def test_reading_step_by_step_gives_what_reading_gives(configs: dict[str, Strict], kind: str) -> None:
+    samples = SOURCES[kind].open(configs[kind], split="train")
+    steps = [[0, 1, 2], [], [5, 7]]
+    for step, found in zip(steps, samples.read_each(steps), strict=True):
+        expected = samples.read(step)
+        assert found["label"].tolist() == expected["label"].tolist()
+        what = next(iter(samples.columns))
+        pairs = zip(found[what], expected[what], strict=True)
+        assert all(np.array_equal(np.asarray(one), np.asarray(other)) for one, other in pairs)
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_equal_samples_are_told_by_their_identities(configs: dict[str, Strict], kind: str) -> None:
+    samples = SOURCES[kind].open(configs[kind], split="train")
+    again = SOURCES[kind].open(configs[kind], split="train")
+    identities = samples.identities([3, 0, 4])
+    assert len(set(identities)) == 3
+    assert again.identities([4, 3]) == [identities[2], identities[0]]
+    assert len(samples.sketches()) == len(samples)
+    assert samples.sketches().dtype == np.uint64
+    assert samples.name(0) != samples.name(1)
+
+
+@pytest.mark.parametrize("kind", SOURCES)
 def test_its_config_names_it(kind: str) -> None:
     assert SOURCES[kind].Config.model_fields["kind"].default == kind
+    assert SOURCES[kind].INPUT in INPUTS
 
 
 def test_digits_are_about_1800_in_known_shares() -> None:
-    sizes = [len(digits.open(digits.Config(), split=split).labels) for split in ("train", "val", "test")]
+    sizes = [len(digits.open(digits.Config(), split=split)) for split in ("train", "val", "test")]
     assert sum(sizes) == 1797
     assert 0.68 < sizes[0] / 1797 < 0.72
-    assert digits.open(digits.Config(), split="test").images.max() == 255
+    assert digits.open(digits.Config(), split="test").arrays["picture"].max() == 255
 
 
 def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,17 +34,17 @@ def rows(images: list[str]) -> list[str]:
 def test_a_list_is_carved_without_overlap(tmp_path: Path, images: list[str]) -> None:
     path = write(tmp_path, rows(images))
     parts = [csv.open(config(path), split=split) for split in csv.SPLITS]
-    assert [len(part.labels) for part in parts] == [16, 2, 2]
+    assert [len(part) for part in parts] == [16, 2, 2]
     assert len({each for part in parts for each in part.paths}) == 20
-    assert parts[0].class_names == ("a", "b")
-    assert parts[0].read([0])[0].shape == (6, 6)
+    assert parts[0].columns["label"].names == ("a", "b")
+    assert parts[0].read([0])["picture"][0].size == (6, 6)
 
 
 def test_a_split_column_is_followed(tmp_path: Path, images: list[str]) -> None:
     splits = ["train"] * 14 + ["val"] * 4 + ["test"] * 2
     lines = [f"{row},{split},ignored" for row, split in zip(rows(images), splits, strict=True)]
     path = write(tmp_path, lines, head="path,label,split,remark")
-    assert [len(csv.open(config(path), split=split).labels) for split in csv.SPLITS] == [14, 4, 2]
+    assert [len(csv.open(config(path), split=split)) for split in csv.SPLITS] == [14, 4, 2]
 
 
 def test_a_mark_in_front_and_quoted_newlines(tmp_path: Path, images: list[str]) -> None:
@@ -53,18 +53,18 @@ def test_a_mark_in_front_and_quoted_newlines(tmp_path: Path, images: list[str]) 
     lines = ['"img/two\nlines.png","a, or not"', *rows(images)[1:]]
     path = write(tmp_path, lines, encoding="utf-8-sig", head='"path","label"')
     samples = csv.open(config(path, val=0.01, test=0.01), split="train")
-    assert samples.class_names == ("a", "a, or not", "b")
+    assert samples.columns["label"].names == ("a", "a, or not", "b")
     assert odd in samples.paths
 
 
 def test_whole_numbers_are_sorted_by_value(tmp_path: Path, images: list[str]) -> None:
     path = write(tmp_path, [f"{name},{10 - index % 4}" for index, name in enumerate(images)])
-    assert csv.open(config(path), split="train").class_names == ("7", "8", "9", "10")
+    assert csv.open(config(path), split="train").columns["label"].names == ("7", "8", "9", "10")
 
 
 def test_named_classes_keep_their_order(tmp_path: Path, images: list[str]) -> None:
     path = write(tmp_path, rows(images))
-    assert csv.open(config(path, class_names=["b", "a"]), split="train").class_names == ("b", "a")
+    assert csv.open(config(path, class_names=["b", "a"]), split="train").columns["label"].names == ("b", "a")
     with pytest.raises(DataError, match="line 3: label 'b' is not one of"):
         csv.open(config(path, class_names=["a", "c"]), split="train")
 

@@ -28,10 +28,10 @@ def root(tmp_path: Path, save_images: SaveImages) -> Path:
 
 def test_flat_folders_are_carved_without_overlap(root: Path) -> None:
     parts = {split: folder.open(config(root, val=0.1, test=0.2), split=split) for split in folder.SPLITS}
-    assert {split: len(part.labels) for split, part in parts.items()} == {"train": 28, "val": 4, "test": 8}
+    assert {split: len(part) for split, part in parts.items()} == {"train": 28, "val": 4, "test": 8}
     paths = [path for part in parts.values() for path in part.paths]
     assert len(set(paths)) == 40
-    assert all(part.class_names == ("cat", "dog") for part in parts.values())
+    assert all(part.columns["label"].names == ("cat", "dog") for part in parts.values())
     assert list(np.bincount(parts["test"].labels)) == [4, 4]
     assert all(
         path.parent.name == "cat"
@@ -57,7 +57,7 @@ def test_split_folders_are_taken_as_they_are(tmp_path: Path, save_images: SaveIm
             save_images(tmp_path / split / name, count)
     for split, count in (("train", 18), ("val", 6), ("test", 4)):
         samples = folder.open(config(tmp_path), split=split)
-        assert len(samples.labels) == count
+        assert len(samples) == count
         assert all(path.relative_to(tmp_path).parts[0] == split for path in samples.paths)
 
 
@@ -65,7 +65,7 @@ def test_only_what_is_missing_is_carved_from_train(tmp_path: Path, save_images: 
     for split, count in (("train", 20), ("val", 5)):
         for name in ("a", "b"):
             save_images(tmp_path / split / name, count)
-    sizes = [len(folder.open(config(tmp_path), split=split).labels) for split in folder.SPLITS]
+    sizes = [len(folder.open(config(tmp_path), split=split)) for split in folder.SPLITS]
     assert sizes == [36, 10, 4]
 
 
@@ -84,8 +84,8 @@ def test_odd_names_are_fine(tmp_path: Path, save_images: SaveImages) -> None:
         save_images(tmp_path / name, 5)
     (tmp_path / "new\nline" / "0.png").rename(tmp_path / "new\nline" / os.fsdecode(b"caf\xe9 .PNG"))
     samples = folder.open(config(tmp_path), split="train")
-    assert samples.class_names == ("new\nline", "émoji 🎉")
-    assert len(samples.read(range(len(samples.labels)))) == len(samples.labels)
+    assert samples.columns["label"].names == ("new\nline", "émoji 🎉")
+    assert len(samples.read(range(len(samples)))["picture"]) == len(samples)
     assert len(samples.fingerprint) == 64
 
 

@@ -35,12 +35,12 @@ def config(root: Path, **fields: object) -> idx.Config:
 
 def test_validation_is_carved_from_train_class_by_class(root: Path) -> None:
     train, val, test = (idx.open(config(root, val=0.2), split=split) for split in ("train", "val", "test"))
-    assert [len(part.labels) for part in (train, val, test)] == [32, 8, 20]
-    assert set(np.bincount(val.labels)) == {2}
-    rows = {image.tobytes() for image in train.images}
-    assert not rows & {image.tobytes() for image in val.images}
-    assert train.images.shape[1:] == (5, 4)
-    assert train.class_names == ("0", "1", "2", "3")
+    assert [len(part) for part in (train, val, test)] == [32, 8, 20]
+    assert set(np.bincount(val.arrays["label"])) == {2}
+    rows = {image.tobytes() for image in train.arrays["picture"]}
+    assert not rows & {image.tobytes() for image in val.arrays["picture"]}
+    assert train.arrays["picture"].shape[1:] == (5, 4)
+    assert train.columns["label"].names == ("0", "1", "2", "3")
     assert len({part.fingerprint for part in (train, val, test)}) == 3
 
 
@@ -53,8 +53,8 @@ def test_the_same_split_every_time_and_after_a_change_another(root: Path) -> Non
 
 def test_published_fashion_mnist_is_read(shared_data: Path) -> None:
     samples = idx.open(config(shared_data / "vision" / "fashion-mnist"), split="test")
-    assert samples.images.shape == (10_000, 28, 28)
-    assert set(np.bincount(samples.labels)) == {1000}
+    assert samples.arrays["picture"].shape == (10_000, 28, 28)
+    assert set(np.bincount(samples.arrays["label"])) == {1000}
 
 
 def truncate(path: Path) -> None:
@@ -99,6 +99,6 @@ def test_a_root_that_is_not_there(tmp_path: Path) -> None:
 
 def test_names_for_labels(root: Path) -> None:
     named = idx.open(config(root, class_names=["a", "b", "c", "d"]), split="val")
-    assert named.class_names == ("a", "b", "c", "d")
+    assert named.columns["label"].names == ("a", "b", "c", "d")
     with pytest.raises(DataError, match="label 3, expected 0 to 1"):
         idx.open(config(root, class_names=["a", "b"]), split="val")

@@ -42,25 +42,25 @@ def test_rows_of_pixels(tmp_path: Path, name: str, last: bool, heading: str) -> 
     path = write_csv(tmp_path / name, last=last, heading=heading)
     label = "last" if last else "first"
     parts = [stream.open(config(path, shape=[4, 3], label=label), split=split) for split in SPLITS]
-    assert [len(part.labels) for part in parts] == [16, 2, 2]
+    assert [len(part) for part in parts] == [16, 2, 2]
     for part in parts:
         rows = part.lines - bool(heading)
         assert np.array_equal(part.labels, rows % 2)
-        assert np.array_equal(np.stack(part.read(range(len(rows)))), ROWS[rows].reshape(-1, 4, 3))
+        assert np.array_equal(np.stack(part.read(range(len(rows)))["picture"]), ROWS[rows].reshape(-1, 4, 3))
     assert len({line for part in parts for line in part.lines.tolist()}) == 20
 
 
 def test_colour_is_last(tmp_path: Path) -> None:
     found = stream.open(config(write_csv(tmp_path / "a.csv"), shape=[2, 2, 3]), split="train")
-    assert np.array_equal(found.read([3])[0], ROWS[found.lines[3]].reshape(2, 2, 3))
+    assert np.array_equal(found.read([3])["picture"][0], ROWS[found.lines[3]].reshape(2, 2, 3))
 
 
 def test_lines_of_json_in_several_files(tmp_path: Path) -> None:
     for part in range(3):
         write_lines(tmp_path / f"{part}.jsonl.gz", count=10, first=10 * part)
     found = stream.open(config(tmp_path / "{0..2}.jsonl.gz", val=0.05, test=0.05), split="train")
-    assert found.class_names == ("0", "1", "2")
-    order = RNG.permutation(len(found.labels))
+    assert found.columns["label"].names == ("0", "1", "2")
+    order = RNG.permutation(len(found))
     for index, image in zip(order, found.pictures(order), strict=True):
         number = int(found.parts[index]) * 10 + int(found.lines[index])
         assert found.labels[index] == number % 3
@@ -70,8 +70,8 @@ def test_lines_of_json_in_several_files(tmp_path: Path) -> None:
 def test_any_order_can_be_had_and_repeats_too(tmp_path: Path) -> None:
     found = stream.open(config(write_csv(tmp_path / "a.csv.gz"), shape=[4, 3]), split="train")
     wanted = [9, 2, 2, 15, 0, 9, 2]
-    assert np.array_equal(np.stack(found.read(wanted)), ROWS[found.lines[wanted]].reshape(-1, 4, 3))
-    assert list(found.read([])) == []
+    assert np.array_equal(np.stack(found.read(wanted)["picture"]), ROWS[found.lines[wanted]].reshape(-1, 4, 3))
+    assert list(found.read([])["picture"]) == []
 
 
 def test_files_are_read_no_further_than_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +96,7 @@ def test_what_is_not_asked_for_is_not_decoded(tmp_path: Path) -> None:
     path.write_text("\n".join(lines))
     found = stream.open(config(path, shape=[4, 3], val=0.01, test=0.01), split="train")
     bad = found.lines.tolist().index(7)
-    assert len(found.read([each for each in range(len(found.labels)) if each != bad])) == len(found.labels) - 1
+    assert len(found.read([each for each in range(len(found)) if each != bad])["picture"]) == len(found) - 1
     with pytest.raises(DataError, match=r"a\.csv, line 8: pixels must be whole numbers from 0 to 255"):
         found.read([bad])
 
@@ -110,8 +110,8 @@ def test_splits_have_files_of_their_own(tmp_path: Path) -> None:
         test_path=str(tmp_path / "test.jsonl.gz"),
         class_names=["x", "y", "z"],
     )
-    assert [len(stream.open(own, split=split).labels) for split in SPLITS] == [9, 4, 3]
-    assert stream.open(own, split="val").class_names == ("x", "y", "z")
+    assert [len(stream.open(own, split=split)) for split in SPLITS] == [9, 4, 3]
+    assert stream.open(own, split="val").columns["label"].names == ("x", "y", "z")
 
 
 def test_fingerprints_follow_the_contents_and_not_the_clock(tmp_path: Path) -> None:
@@ -204,6 +204,6 @@ MNIST = Path(__file__).parents[3] / "shared" / "data" / "vision" / "mnist_5k.csv
 @pytest.mark.skipif(not MNIST.exists(), reason="needs mnist_5k.csv.gz")
 def test_mnist_as_it_is_published() -> None:
     found = stream.open(config(MNIST, shape=[28, 28], label="last"), split="train")
-    assert len(found.labels) == 4000
-    assert found.class_names == tuple("0123456789")
-    assert found.read([2000])[0].max() > 200
+    assert len(found) == 4000
+    assert found.columns["label"].names == tuple("0123456789")
+    assert np.asarray(found.read([2000])["picture"][0]).max() > 200

@@ -43,10 +43,10 @@ def pixels(body: bytes) -> np.ndarray:
 def test_archives_are_carved_without_overlap(tmp_path: Path) -> None:
     write_shards(tmp_path, files=3, samples=20)
     parts = [webdataset.open(config(tmp_path), split=split) for split in SPLITS]
-    assert [len(part.labels) for part in parts] == [48, 6, 6]
-    assert len({(part.parts[i], part.keys[i]) for part in parts for i in range(len(part.labels))}) == 60
+    assert [len(part) for part in parts] == [48, 6, 6]
+    assert len({(part.parts[i], part.keys[i]) for part in parts for i in range(len(part))}) == 60
     for part in parts:
-        for index, image in enumerate(part.read(range(len(part.labels)))):
+        for index, image in enumerate(part.read(range(len(part)))["picture"]):
             number = int(part.keys[index])
             assert np.array_equal(image, pixels(png(number)))
             assert part.labels[index] == number % 3
@@ -73,9 +73,9 @@ def test_what_webdatasets_own_writer_writes(tmp_path: Path, kind: str) -> None:
         for index in range(12):
             archive.write({"__key__": f"n{index % 3}/{index:03}", "png": png(index), kind: labels[kind](index)})
     found = webdataset.open(config(tmp_path, label=kind, val=0.2, test=0.2), split="train")
-    assert len(found.labels) == 6
-    assert found.class_names == (("größe 0", "größe 1", "größe 2") if kind == "txt" else ("0", "1", "2"))
-    for index, image in enumerate(found.read(range(6))):
+    assert len(found) == 6
+    assert found.columns["label"].names == (("größe 0", "größe 1", "größe 2") if kind == "txt" else ("0", "1", "2"))
+    for index, image in enumerate(found.read(range(6))["picture"]):
         number = int(found.keys[index].rpartition("/")[2])
         assert found.labels[index] == number % 3
         assert np.array_equal(image, pixels(png(number)))
@@ -94,7 +94,7 @@ def test_what_gnu_tar_writes(tmp_path: Path) -> None:
     assert sorted(found.keys) == sorted(f"{int(key):04}" for key in found.keys)
     assert all(
         np.array_equal(image, pixels(png(int(key))))
-        for image, key in zip(found.read(range(len(found.keys))), found.keys, strict=True)
+        for image, key in zip(found.read(range(len(found.keys)))["picture"], found.keys, strict=True)
     )
 
 
@@ -109,13 +109,16 @@ def test_labels_by_name_number_and_class_names(tmp_path: Path) -> None:
         )
     ]
     write_tar(tmp_path / "named.tar", named)
-    assert webdataset.open(config(tmp_path / "named.tar", label="txt"), split="train").class_names == ("a", "b")
+    assert webdataset.open(config(tmp_path / "named.tar", label="txt"), split="train").columns["label"].names == (
+        "a",
+        "b",
+    )
     ordered = config(tmp_path / "named.tar", label="txt", class_names=["b", "a", "c"])
     with pytest.raises(DataError, match="no training images of the class 'c'"):
         webdataset.open(ordered, split="train")
     write_tar(tmp_path / "numbered.tar", samples(8))
     numbered = webdataset.open(config(tmp_path / "numbered.tar", class_names=["even", "odd"]), split="train")
-    assert numbered.class_names == ("even", "odd")
+    assert numbered.columns["label"].names == ("even", "odd")
     assert all(int(key) % 2 == label for key, label in zip(numbered.keys, numbered.labels, strict=True))
 
 
@@ -146,7 +149,7 @@ def test_an_archive_that_changes_under_the_reader(tmp_path: Path) -> None:
     write_tar(path, samples(21))
     with pytest.raises(DataError, match=r"a\.tar: has changed since its index was read"):
         found.read([0])
-    assert len(webdataset.open(config(path), split="train").labels) == 17
+    assert len(webdataset.open(config(path), split="train")) == 17
     path.unlink()
     with pytest.raises(DataError, match="cannot be read"):
         found.read([0])
@@ -279,4 +282,4 @@ def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
 
 def test_pax_headers_of_common_writers_are_fine(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [(f"{'long' * 40}/{name}", body) for name, body in GOOD], format=tarfile.PAX_FORMAT)
-    assert len(webdataset.open(config(tmp_path), split="train").labels) == 4
+    assert len(webdataset.open(config(tmp_path), split="train")) == 4

@@ -32,25 +32,26 @@ def test_numbers_agree_with_scikit_learn() -> None:
     found = evaluate(logits, labels)
     predicted = logits.argmax(axis=1)
     probabilities = torch.softmax(torch.from_numpy(logits).double(), dim=1).numpy()
-    assert found.metric == "accuracy"
-    assert found.value == pytest.approx((predicted == labels).mean())
-    assert np.array_equal(found.scores, (predicted == labels).astype(np.float32))
-    assert found.scores.dtype == np.float32
+    assert list(found.values) == list(classify.METRICS) == ["accuracy", "macro_f1", "loss"]
+    assert (found.name, found.value) == ("accuracy", (predicted == labels).mean())
+    assert np.array_equal(found.counts[:, :2], np.stack([labels, predicted], axis=1))
+    assert np.array_equal(classify.means(found.counts)["accuracy"], predicted == labels)
+    assert found.values == classify.metrics(found.counts)
     assert found.baseline == pytest.approx(np.bincount(labels).max() / 50)
-    assert found.extra["loss"] == pytest.approx(log_loss(labels, probabilities, labels=range(4)), rel=1e-5)
-    assert found.extra["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
+    assert found.values["loss"] == pytest.approx(log_loss(labels, probabilities, labels=range(4)), rel=1e-5)
+    assert found.values["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
 
 
 def test_the_batches_do_not_matter() -> None:
     logits, labels = RNG.normal(size=(23, 3)).astype(np.float32), RNG.integers(0, 3, 23)
     one, many = evaluate(logits, labels, size=23), evaluate(logits, labels, size=4)
-    assert np.array_equal(one.scores, many.scores)
-    assert one.extra["loss"] == pytest.approx(many.extra["loss"], rel=1e-6)
+    assert np.array_equal(one.counts[:, :2], many.counts[:, :2])
+    assert one.values["loss"] == pytest.approx(many.values["loss"], rel=1e-6)
 
 
 def test_large_logits_do_not_overflow() -> None:
     found = evaluate(np.array([[1e5, 0.0], [-1e5, 1e5]], np.float32), np.array([0, 0]))
-    assert found.extra["loss"] == pytest.approx(1e5)
+    assert found.values["loss"] == pytest.approx(1e5)
 
 
 @pytest.mark.parametrize(
@@ -75,27 +76,34 @@ def test_an_empty_split_is_refused() -> None:
         classify.evaluate({"model": lambda x: x}, [], config=CONFIG)
 
 
+def named(logits: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"logits": logits}
+
+
 def test_loss_smooths_and_is_taken_in_float32() -> None:
     outputs, targets = torch.randn(6, 5), torch.randint(0, 5, (6,))
+    batch = {"input": torch.zeros(6), "label": targets}
     plain = torch.nn.functional.cross_entropy(outputs, targets)
     smooth = classify.Config(label_smoothing=0.1)
-    assert torch.equal(classify.loss(outputs, targets, config=CONFIG), plain)
+    assert torch.equal(classify.loss(named(outputs), batch, config=CONFIG), plain)
     spread = -torch.log_softmax(outputs, dim=1).mean(dim=1).mean()
-    assert classify.loss(outputs, targets, config=smooth) == pytest.approx(float(0.9 * plain + 0.1 * spread), rel=1e-5)
-    assert classify.loss(outputs.bfloat16(), targets, config=CONFIG).dtype == torch.float32
+    expected = float(0.9 * plain + 0.1 * spread)
+    assert classify.loss(named(outputs), batch, config=smooth) == pytest.approx(expected, rel=1e-5)
+    assert classify.loss(named(outputs.bfloat16()), batch, config=CONFIG).dtype == torch.float32
 
 
 def test_distillation_is_tsquared_kl() -> None:
     student, teacher = torch.randn(6, 5), torch.randn(6, 5)
     p, q = torch.softmax(teacher / 4, dim=1), torch.softmax(student / 4, dim=1)
     expected = 16 * (p * (p.log() - q.log())).sum(dim=1).mean()
-    assert classify.distill_loss(student, teacher, temperature=4.0) == pytest.approx(float(expected), rel=1e-5)
-    assert float(classify.distill_loss(teacher, teacher, temperature=2.0)) == pytest.approx(0, abs=1e-6)
+    found = classify.distill_loss(named(student), named(teacher), temperature=4.0)
+    assert found == pytest.approx(float(expected), rel=1e-5)
+    assert float(classify.distill_loss(named(teacher), named(teacher), temperature=2.0)) == pytest.approx(0, abs=1e-6)
 
 
 def test_scores_are_per_sample() -> None:
-    outputs = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    assert classify.score(outputs, torch.tensor([1, 1])).tolist() == [1.0, 0.0]
+    outputs = named(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    assert classify.score(outputs, {"label": torch.tensor([1, 1])}).tolist() == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("kind", TASKS)
@@ -104,5 +112,6 @@ def test_every_task_has_what_the_engine_calls(kind: str) -> None:
     assert task.Config.model_fields["kind"].default == kind
     model = torch.nn.Identity()
     assert list(task.parts(model).values()) == [model]
-    for name in ("loss", "score", "distill_loss", "evaluate"):
+    assert task.GIVES and all(isinstance(name, str) for name in task.GIVES)
+    for name in ("loss", "score", "distill_loss", "evaluate", "metrics", "means", "predict"):
         assert callable(getattr(task, name))

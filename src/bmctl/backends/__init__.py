@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, Protocol
@@ -13,10 +13,22 @@ from bmctl.schema import Signature, Span, Strict
 
 
 class Backend(Protocol):
-    """A module of this folder. `name` in Config names it."""
+    """A module of this folder. `name` in Config names it.
+
+    Attributes:
+        SUFFIX: Of its artifacts.
+        PROFILED: They are built for a range of sizes of each free axis, and run no others.
+        FLAG: ``--FLAG`` of `bmctl export` takes the best backend of this machine among those that name it; or empty.
+        ANYWHERE: Where machines without its hardware build artifacts as well, the hardware that these run on; or empty.
+        DEVICE: Where its artifacts compute: ``cpu`` or ``cuda``.
+    """
 
     Config: type[Strict]
     SUFFIX: str
+    PROFILED: bool
+    FLAG: str
+    ANYWHERE: str
+    DEVICE: str
 
     def unavailable(self, config: Strict) -> str:
         """Why this machine cannot run artifacts of this backend, or the empty string."""
@@ -54,3 +66,30 @@ class Backend(Protocol):
 BACKENDS: Mapping[str, ModuleType] = MappingProxyType(
     {"onnxruntime": onnxruntime, "openvino": openvino, "tensorrt_rtx": tensorrt_rtx, "tensorrt": tensorrt}
 )
+
+
+def choose(flag: str, *, given: Sequence[Any] = ()) -> tuple[Any, str]:
+    """What ``--FLAG`` of `bmctl export` means on this machine: a backend that runs here, else one that builds anywhere.
+
+    Args:
+        flag: A FLAG of BACKENDS.
+        given: Configurations that are there already: a backend's own is taken for its default.
+
+    Returns:
+        The backend's configuration, and why it is this one, in words.
+    """
+    configs = {name: module.Config() for name, module in BACKENDS.items() if module.FLAG == flag}
+    configs |= {config.name: config for config in given if config.name in configs}
+    passed: list[str] = []
+    for name in sorted(configs, key=lambda name: bool(BACKENDS[name].ANYWHERE)):
+        reason = BACKENDS[name].unavailable(configs[name])
+        if not reason:
+            return configs[name], "; ".join(["it is installed, and runs here", *passed])
+        passed.append(reason)
+    return configs[name], f"{'; '.join(passed)}; it builds anywhere, for {BACKENDS[name].ANYWHERE}"
+
+
+def sibling(name: str) -> str:
+    """The backend that builds, on the machine that has it, for hardware that artifacts built anywhere leave out."""
+    flag = BACKENDS[name].FLAG if BACKENDS[name].ANYWHERE else ""
+    return next((one for one, module in BACKENDS.items() if flag and module.FLAG == flag and not module.ANYWHERE), "")

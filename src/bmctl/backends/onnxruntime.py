@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 SUFFIX = ".onnx"
+PROFILED = False
+FLAG = ""
+ANYWHERE = ""
+DEVICE = "cpu"
 
 ERRORS = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile", "RuntimeException")
 

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 SUFFIX = ".onnx"
+PROFILED = False
+FLAG = ""
+ANYWHERE = ""
+DEVICE = "cpu"
 
 EMPTY = ("Exception from ", "Check '", "Caught exception", "FrontEnd API failed", "Model wasn't fully")
 UNCONVERTED = ("conversion rule", "No translator", "Conversion is failed")

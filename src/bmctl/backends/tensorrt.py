@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from bmctl.backends.trt_runner import EngineRunner
 
 SUFFIX = ".engine"
+PROFILED = True
+FLAG = "tensorrt"
+ANYWHERE = ""
+DEVICE = "cuda"
 
 
 class Config(Strict):

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from bmctl.backends.trt_runner import EngineRunner
 
 SUFFIX = ".rtx.engine"
+PROFILED = True
+FLAG = "tensorrt"
+ANYWHERE = "SM75 to SM121 without SM90 and SM100"
+DEVICE = "cuda"
 
 CAPABILITIES = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 """What TensorRT-RTX 1.7 serves: Turing to Blackwell without the data centre's sm90 and sm100."""

@@ -3,8 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+
+
+@dataclass(frozen=True)
+class Luck:
+    """What a sample's augmentation is drawn from, and from nothing else.
+
+    Attributes:
+        seed: The recipe's.
+        epoch: Counted from 0.
+        indices: int64 [n], which samples these are.
+    """
+
+    seed: int
+    epoch: int
+    indices: np.ndarray
 
 
 def hash_integers(values: np.ndarray, *, keys: Sequence[int]) -> np.ndarray:

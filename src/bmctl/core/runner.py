@@ -75,7 +75,8 @@ def check_feed(
             if isinstance(axis, str) and sizes.setdefault(axis, (got, spec.name))[0] != got:
                 known, where = sizes[axis]
                 raise DataError(f"the axis {axis!r} is {known} in {where!r} and {got} in {spec.name!r}")
-        checked[spec.name] = np.asarray(array, order="C")  # ascontiguousarray gives rank 0 an axis
+        # Not ascontiguousarray, which gives a number one dimension.
+        checked[spec.name] = np.asarray(array, order="C")
     for axis, (got, _) in sizes.items():
         _check_size(axis, got, (bounds or {}).get(axis))
     for spec in inputs:
@@ -140,6 +141,14 @@ class Batched:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         pass
+
+
+def feed_of(runner: Runner, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a graph takes of a batch: by its own names, or where it has others, as a foreign one, by position."""
+    inputs = runner.signature.inputs
+    if all(spec.name in batch for spec in inputs):
+        return {spec.name: batch[spec.name] for spec in inputs}
+    return {spec.name: array for spec, array in zip(inputs, batch.values(), strict=False)}
 
 
 def batch_axes(runner: Runner) -> tuple[dict[str, int], Bounds]:

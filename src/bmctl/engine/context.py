@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from bmctl.engine.loading.data import Data
 from bmctl.engine.parallel import Group
 from bmctl.processes.signals import Stop
 from bmctl.recipe import Recipe
@@ -31,6 +32,7 @@ class StageContext:
         profile: Write a trace of a few steps into the run.
         beat: Called with the step and what is being done, at every step, evaluated batch and saved file: a process
             from which nothing is heard for `launch.timeout_s` counts as hung.
+        data: Of the recipe; what is opened of it stays open for the whole stage.
     """
 
     run: Path
@@ -42,3 +44,7 @@ class StageContext:
     overwrite: bool = False
     profile: bool = False
     beat: Callable[[int, str], None] = silent
+    data: Data = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", Data(self.recipe, folder=self.run / "data"))

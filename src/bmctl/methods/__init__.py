@@ -1,4 +1,7 @@
-"""One file = one compression method. A new method is a file here and a line in METHODS."""
+"""One file = one compression method. A new method is a file here and a line in METHODS.
+
+With much torch code it is a folder: what recipes need of it in `__init__`, and the code in a file with torch on top.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+Example = Mapping[str, "torch.Tensor"]
+"""Samples by the names of what the model takes, in its order."""
 Meta = dict[str, Any]
 """Small JSON: all that `restore` needs to rebuild the structure."""
 
@@ -25,22 +30,36 @@ class MethodContext:
     """What a method may look at.
 
     Attributes:
-        example: float32 [2, C, H, W], preprocessed real samples.
-        calibration: Yields float32 [n, C, H, W] batches of the calibration samples; empty without data.
+        example: Two real samples as the model takes them, in its order: it is called with the values, by position.
+        calibration: Yields recorded calls of the graph at hand on calibration samples: arrays by its inputs' names;
+            nothing without data.
         calibration_record: What the calibration data is, as the manifest records it.
     """
 
-    example: torch.Tensor
-    calibration: Callable[[], Iterator[np.ndarray]]
+    example: Example
+    calibration: Callable[[], Iterator[Mapping[str, np.ndarray]]]
     calibration_record: Mapping[str, Any]
 
 
-class ModuleMethod(Protocol):
-    """LEVEL = "module": changes weights or structure of an nn.Module in place."""
+class Method(Protocol):
+    """What every method says of itself.
 
-    FAMILY: str
+    Attributes:
+        VERB: The command that applies it: prune, quantize or lowrank.
+        LEVEL: ``module`` or ``graph``.
+        CALIBRATES: It looks at calibration samples, so many as its `num_samples(config)` says, and needs data.
+        QUANTIZES: It leaves integers, which no further step rounds again.
+    """
+
+    VERB: str
     LEVEL: str
+    CALIBRATES: bool
+    QUANTIZES: bool
     Config: type[StepConfig]
+
+
+class ModuleMethod(Method, Protocol):
+    """LEVEL = "module": changes weights or structure of an nn.Module in place."""
 
     def apply(self, model: nn.Module, config: StepConfig, context: MethodContext) -> Meta: ...
     def restore(self, model: nn.Module, config: StepConfig, meta: Meta) -> None:
@@ -48,16 +67,20 @@ class ModuleMethod(Protocol):
         ...
 
 
-class GraphMethod(Protocol):
+class GraphMethod(Method, Protocol):
     """LEVEL = "graph": reads an ONNX file, writes another."""
 
-    FAMILY: str
-    LEVEL: str
-    Config: type[StepConfig]
-
-    def apply(self, onnx_path: Path, config: StepConfig, context: MethodContext, *, out: Path) -> Meta: ...
+    def apply(self, onnx_path: Path, config: StepConfig, context: MethodContext, *, out: Path) -> Meta:
+        """Write the file `out`; the meta's `precision` is what the graph computes in then."""
+        ...
 
 
 METHODS: Mapping[str, ModuleType] = MappingProxyType(
-    {"magnitude": magnitude, "structured": structured, "svd": svd, "ptq": ptq, "cast": cast}
+    {"structured": structured, "magnitude": magnitude, "svd": svd, "ptq": ptq, "cast": cast}
 )
+"""By name; the first of a verb is what its command takes where nothing else is said."""
+
+
+def of_verb(verb: str) -> list[str]:
+    """Names of the methods that the command `verb` applies, its default first."""
+    return [name for name, method in METHODS.items() if method.VERB == verb]

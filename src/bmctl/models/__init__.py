@@ -9,24 +9,26 @@ from collections.abc import Mapping
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Protocol
 
+from bmctl.core.published import Published
 from bmctl.errors import RecipeError
 from bmctl.models import own, timm, torchvision, transformers
-from bmctl.models.spec import Argument, Drops, InputDefaults, ModelConfig, ModelSpec, construct, no_drop
+from bmctl.models.spec import Argument, Drops, ModelConfig, ModelSpec, construct, no_drop, words
+from bmctl.schema import BATCH
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 __all__ = [
     "MODELS",
     "Argument",
     "Drops",
-    "InputDefaults",
     "ModelConfig",
     "ModelSource",
     "ModelSpec",
     "build",
     "check_name",
-    "input_defaults",
+    "published",
     "resolve",
     "spec_args",
 ]
@@ -36,16 +38,19 @@ class ModelSource(Protocol):
     """A module of this folder."""
 
     def names(self) -> list[str]: ...
-    def input_defaults(self, config: ModelConfig) -> InputDefaults: ...
+    def published(self, config: ModelConfig) -> Published: ...
     def drop_arguments(self, config: ModelConfig) -> Drops: ...
     def build(self, spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
-        """A module from float32 [N, channels, H, W] to logits [N, num_classes]."""
+        """A module from `spec.given`, by position, to logits [N, num_classes]."""
         ...
 
 
 MODELS: Mapping[str, ModuleType] = MappingProxyType(
     {"bmctl": own, "torchvision": torchvision, "timm": timm, "transformers": transformers}
 )
+
+_SMALL = 8
+"""Size of a free axis of which nothing is told."""
 
 
 def check_name(name: str) -> None:
@@ -61,7 +66,7 @@ def check_name(name: str) -> None:
 
     prefix, _, bare = name.partition(":")
     known = MODELS[prefix].names()
-    if bare not in known and not (prefix == "transformers" and "/" in bare):  # a repository, which the hub knows
+    if bare not in known and not (prefix == "transformers" and transformers.is_elsewhere(bare)):
         close = difflib.get_close_matches(bare, known, n=3)
         meant = " or ".join(f"{prefix}:{each}" for each in close)
         raise RecipeError(
@@ -70,15 +75,15 @@ def check_name(name: str) -> None:
         )
 
 
-def input_defaults(config: ModelConfig) -> InputDefaults:
-    """What the model's publisher says about its input.
+def published(config: ModelConfig) -> Published:
+    """What the model's publisher says of its input, and of the classes of published weights.
 
     Raises:
         RecipeError: Unknown name.
         DependencyError: Told by a file that has to be downloaded and cannot be.
     """
     check_name(config.name)
-    return MODELS[config.name.partition(":")[0]].input_defaults(config)
+    return MODELS[config.name.partition(":")[0]].published(config)
 
 
 def spec_args(config: ModelConfig) -> dict[str, Argument]:
@@ -114,29 +119,59 @@ def resolve(spec: ModelSpec) -> ModelSpec:
     Raises:
         DependencyError: A repository's configuration cannot be downloaded.
     """
-    check_name(spec.name)
+    _check_spec(spec)
     return transformers.resolve(spec) if spec.name.startswith("transformers:") else spec
 
 
-def build(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
-    """A module from float32 [N, channels, H, W] to logits [N, num_classes].
+def _check_spec(spec: ModelSpec) -> None:
+    """Of what is stored whole, the name says only where it came from."""
+    if transformers.CONFIG not in spec.args:
+        check_name(spec.name)
 
-    With `pretrained` and another number of classes than the published InputDefaults.num_classes, the head is new.
+
+def build(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
+    """A module from `spec.given`, by position, to logits [N, num_classes] where the spec is told a number of classes.
+
+    With `pretrained` and another number of classes than Published.num_classes, the head is new.
 
     Raises:
-        RecipeError: Unknown name, arguments, size or channels that the model does not take.
+        RecipeError: Unknown name, arguments or inputs that the model does not take, or outputs that are no logits.
         DependencyError: Weights that cannot be downloaded, or an extra that is not installed.
     """
     import torch
 
-    check_name(spec.name)
+    _check_spec(spec)
     model = MODELS[spec.name.partition(":")[0]].build(spec, pretrained=pretrained)
-    # Networks that halve too often for small images say so only when they run.
+    # Networks that halve too often for small images, or know too few positions, say so only when they run.
     training = model.training
     with torch.no_grad():
-        logits = construct(lambda: model.eval()(torch.zeros(1, spec.channels, *spec.size)), spec=spec)
-    if not isinstance(logits, torch.Tensor) or logits.shape != (1, spec.num_classes):
+        found = construct(lambda: model.eval()(*_zeros(spec)), spec=spec)
+    num_classes = spec.told.get("num_classes")
+    if num_classes is not None and not (isinstance(found, torch.Tensor) and found.shape == (1, num_classes)):
         raise RecipeError(
-            f"model: {spec.name} gives no logits [N, {spec.num_classes}]", hint="take a model that classifies images"
+            f"model: {spec.name} gives no logits [N, {num_classes}] for {words(spec.given)}",
+            hint="take a model that classifies",
         )
     return model.train(training)
+
+
+def _zeros(spec: ModelSpec) -> list[torch.Tensor]:
+    """One sample of what the model takes; a free axis is as long as the model is told that it may get.
+
+    Ids are of no padding: some models count positions only where there is none.
+    """
+    import torch
+
+    token = int(spec.told.get("pad_id") == 0)
+
+    def size(axis: int | str) -> int:
+        longest = spec.told.get(f"max_{axis}", _SMALL)
+        return axis if isinstance(axis, int) else 1 if axis == BATCH else longest if type(longest) is int else _SMALL
+
+    def fill(dtype: str) -> int:
+        return token if dtype == "int64" else 0
+
+    return [
+        torch.full([size(axis) for axis in each.shape], fill(each.dtype), dtype=getattr(torch, each.dtype))
+        for each in spec.given
+    ]

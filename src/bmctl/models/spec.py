@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Annotated, Literal, TypeVar
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Annotated, TypeVar
 
 from pydantic import Field
 
 from bmctl.errors import RecipeError
-from bmctl.schema import Count, Many, Strict
+from bmctl.schema import Many, Strict, TensorSpec
 
 T = TypeVar("T")
 
@@ -40,34 +40,17 @@ class ModelConfig(Strict):
 
 
 class ModelSpec(Strict):
-    """A model that can be built again without data or network: what a package's manifest records."""
+    """A model that can be built again without data or network: what a package's manifest records.
+
+    Attributes:
+        given: What it takes, in order.
+        told: What data and task say of it: ``num_classes``, and of texts ``vocab_size``, ``max_tokens`` and ``pad_id``.
+    """
 
     name: str
     args: dict[str, Argument] = Field(default_factory=dict)
-    num_classes: Count
-    channels: int
-    size: Many[Count]
-
-
-class InputDefaults(Strict):
-    """What a publisher says about a model's input and, for published weights, its classes; None leaves it to the data.
-
-    Attributes:
-        size: (height, width) in pixels.
-        mean: Per channel, of pixels in [0, 1]; only for published weights.
-        std: Per channel, of pixels in [0, 1]; only for published weights.
-        num_classes: What the published weights tell apart; with another number of classes the head starts anew.
-        class_names: In the order of the logits.
-    """
-
-    size: Many[Count] | None = None
-    channels: Literal[1, 3] | None = None
-    mean: Many[float] | None = None
-    std: Many[float] | None = None
-    interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
-    crop: float | None = None
-    num_classes: Count | None = None
-    class_names: Many[str] | None = None
+    given: Many[TensorSpec] = Field(min_length=1)
+    told: dict[str, Argument] = Field(default_factory=dict)
 
 
 class Drops(Strict):
@@ -90,6 +73,64 @@ def bare_name(name: str) -> str:
     return name.partition(":")[2]
 
 
+def takes_text(spec: ModelSpec) -> bool:
+    """Whether it is given token ids and their mask."""
+    return tuple((each.name, each.dtype, len(each.shape)) for each in spec.given) == (
+        ("input_ids", "int64", 2),
+        ("attention_mask", "int64", 2),
+    )
+
+
+def image_of(spec: ModelSpec) -> tuple[int, tuple[int, int]]:
+    """Channels, and (height, width) in pixels, of the images that it is given.
+
+    Raises:
+        RecipeError: It is given something else, or images of any size.
+    """
+    shape = spec.given[0].shape
+    if len(spec.given) != 1 or spec.given[0].dtype != "float32" or len(shape) != 4:
+        raise RecipeError(
+            f"model.name: {spec.name} takes images, the data give {words(spec.given)}",
+            hint="take a model for such data" + (", such as bmctl:encoder" if takes_text(spec) else ""),
+        )
+    sizes = [size for size in shape[1:] if isinstance(size, int)]
+    if len(sizes) < 3:
+        raise RecipeError(f"model.name: {spec.name} takes images of one size, the data give {words(spec.given)}")
+    return sizes[0], (sizes[1], sizes[2])
+
+
+def check_text(spec: ModelSpec) -> None:
+    """Refuse inputs that are no token ids with their mask.
+
+    Raises:
+        RecipeError: It is given something else.
+    """
+    if not takes_text(spec):
+        raise RecipeError(
+            f"model.name: {spec.name} takes texts, the data give {words(spec.given)}", hint="take a model for such data"
+        )
+
+
+def told_of(spec: ModelSpec, name: str) -> int:
+    """A whole number that data or task tell the model, such as ``num_classes``.
+
+    Raises:
+        RecipeError: They tell no such thing.
+    """
+    value = spec.told.get(name)
+    if type(value) is not int or value < 0:
+        raise RecipeError(
+            f"model.name: {spec.name} must be told {name}, and this task tells {sorted(spec.told) or 'nothing'}",
+            hint="take a model for such a task",
+        )
+    return value
+
+
+def words(given: Sequence[TensorSpec]) -> str:
+    """What a model is given, as messages say it: ``input float32 [batch, 1, 28, 28]``."""
+    return " and ".join(f"{each.name} {each.dtype} [{', '.join(map(str, each.shape))}]" for each in given)
+
+
 def check_fits(spec: ModelSpec, *, reserved: Collection[str]) -> None:
     """Refuse arguments that bmctl sets itself.
 
@@ -99,9 +140,21 @@ def check_fits(spec: ModelSpec, *, reserved: Collection[str]) -> None:
     taken = sorted(set(spec.args) & set(reserved))
     if taken:
         raise RecipeError(
-            f"model.args.{taken[0]}: bmctl sets this itself, from the data and from data.preprocess",
+            f"model.args.{taken[0]}: bmctl sets this itself, from the data",
             hint=f"remove {taken[0]} from model.args",
         )
+
+
+def unknown_argument(name: str, argument: str, *, known: Iterable[str]) -> RecipeError:
+    """What to say to a key of `model.args` that the model does not have."""
+    import difflib
+
+    names = sorted(known)
+    close = difflib.get_close_matches(argument, names, n=1)
+    return RecipeError(
+        f"model.args.{argument}: {name} takes no such argument",
+        hint=f"did you mean {close[0]}?" if close else f"take one of {', '.join(names)}",
+    )
 
 
 def construct(make: Callable[[], T], *, spec: ModelSpec) -> T:
@@ -112,10 +165,10 @@ def construct(make: Callable[[], T], *, spec: ModelSpec) -> T:
     """
     try:
         return make()
-    except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError, KeyError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError, AttributeError, LookupError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        given = f" with {dict(spec.args)}" if spec.args else ""
+        args = f" with {dict(spec.args)}" if spec.args else ""
         raise RecipeError(
-            f"model: {spec.name} cannot be built for images of {spec.size[0]}x{spec.size[1]}{given} ({reason})",
-            hint="check model.args and data.preprocess.size against the model's documentation",
+            f"model: {spec.name} cannot be built for {words(spec.given)}{args} ({reason})",
+            hint="check model.args and data.input against the model's documentation",
         ) from error

@@ -6,9 +6,20 @@ import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from bmctl.core.published import Published, PublishedImage
 from bmctl.errors import RecipeError
 from bmctl.models.downloads import from_hub
-from bmctl.models.spec import Drops, InputDefaults, ModelConfig, ModelSpec, bare_name, check_fits, construct, no_drop
+from bmctl.models.spec import (
+    Drops,
+    ModelConfig,
+    ModelSpec,
+    bare_name,
+    check_fits,
+    construct,
+    image_of,
+    no_drop,
+    told_of,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,26 +42,30 @@ def names() -> list[str]:
     return sorted({*timm.list_models(), *timm.list_models(pretrained=True)})
 
 
-def input_defaults(config: ModelConfig) -> InputDefaults:
+def published(config: ModelConfig) -> Published:
     """The size where the architecture fixes it; all that belongs to published weights if they are asked for."""
-    published = _published(bare_name(config.name))
-    channels, height, width = published.input_size
+    record = _record(bare_name(config.name))
+    channels, height, width = record.input_size
     if not config.pretrained:
-        return InputDefaults(size=(height, width) if published.fixed_input_size else None)
-    _check_published(config.name, published)
+        return Published(input=PublishedImage(size=(height, width) if record.fixed_input_size else None))
+    _check_published(config.name, record)
     # timm truncates where Preprocess rounds: this fraction leads to the same pixel. (Three of 1,800 sets of weights pad
     # instead, crop_pct 1.15: they get no margin.)
-    shorter = max(height, math.floor(height / published.crop_pct))
-    squash = published.crop_mode == "squash" and published.crop_pct == 1.0
-    return InputDefaults(
+    shorter = max(height, math.floor(height / record.crop_pct))
+    squash = record.crop_mode == "squash" and record.crop_pct == 1.0
+    image = PublishedImage(
         size=(height, width),
         channels=channels,
-        mean=published.mean,
-        std=published.std,
-        interpolation=published.interpolation if published.interpolation in ("bilinear", "nearest") else "bicubic",
+        mean=record.mean,
+        std=record.std,
+        interpolation=record.interpolation if record.interpolation in ("bilinear", "nearest") else "bicubic",
         crop=None if squash else height / shorter,
-        num_classes=published.num_classes,
-        class_names=_class_names(published),
+    )
+    return Published(
+        input=image,
+        has_weights=True,
+        num_classes=record.num_classes,
+        class_names=_class_names(record),
     )
 
 
@@ -70,12 +85,13 @@ def build(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
 
     name = bare_name(spec.name)
     check_fits(spec, reserved=_OURS)
-    published = _published(name)
+    record = _record(name)
+    num_classes, (channels, pixels) = told_of(spec, "num_classes"), image_of(spec)
     size: dict[str, Any] = {}
-    if published.fixed_input_size and tuple(spec.size) != tuple(published.input_size[1:]):
-        size = {"img_size": tuple(spec.size)}
+    if record.fixed_input_size and pixels != tuple(record.input_size[1:]):
+        size = {"img_size": pixels}
     if pretrained:
-        _check_published(spec.name, published)
+        _check_published(spec.name, record)
 
     def make() -> nn.Module:
         with from_hub(spec.name):
@@ -83,8 +99,8 @@ def build(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
                 return timm.create_model(
                     name,
                     pretrained=pretrained,
-                    num_classes=spec.num_classes,
-                    in_chans=spec.channels,
+                    num_classes=num_classes,
+                    in_chans=channels,
                     **size,
                     **spec.args,
                 )
@@ -97,27 +113,27 @@ def build(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
     return construct(make, spec=spec)
 
 
-def _published(name: str) -> Any:
+def _record(name: str) -> Any:
     """timm's record of a model: size, normalisation, where the weights are."""
     import timm
 
     return timm.get_pretrained_cfg(name)
 
 
-def _check_published(name: str, published: Any) -> None:
-    if not published.has_weights:
+def _check_published(name: str, record: Any) -> None:
+    if not record.has_weights:
         raise RecipeError(
             f"model.pretrained: there are no published weights of {name}", hint="set model.pretrained to false"
         )
 
 
-def _class_names(published: Any) -> tuple[str, ...] | None:
+def _class_names(record: Any) -> tuple[str, ...] | None:
     """ImageNet's, where the number of classes and the weights' tag say so."""
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
-    if published.label_names:
-        return tuple(published.label_names)
-    subset = infer_imagenet_subset(published.to_dict())
+    if record.label_names:
+        return tuple(record.label_names)
+    subset = infer_imagenet_subset(record.to_dict())
     if subset is None:
         return None
     info = ImageNetInfo(subset)

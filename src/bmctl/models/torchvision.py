@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from bmctl.core.published import Published, PublishedImage
 from bmctl.errors import RecipeError
 from bmctl.models.downloads import fetch_weights
-from bmctl.models.spec import Drops, InputDefaults, ModelConfig, ModelSpec, bare_name, check_fits, construct
+from bmctl.models.spec import Drops, ModelConfig, ModelSpec, bare_name, check_fits, construct, image_of, told_of
 
 if TYPE_CHECKING:
     import torch
@@ -24,21 +25,26 @@ def names() -> list[str]:
     return torchvision.models.list_models(module=torchvision.models)
 
 
-def input_defaults(config: ModelConfig) -> InputDefaults:
+def published(config: ModelConfig) -> Published:
     """RGB; a fixed size for vision transformers; all that belongs to published weights if they are asked for."""
     name = bare_name(config.name)
     if not config.pretrained:
-        return InputDefaults(channels=3, size=(_FIXED_SIZE, _FIXED_SIZE) if _size_argument(name, size=()) else None)
-    weights = published(name)
+        size = (_FIXED_SIZE, _FIXED_SIZE) if _size_argument(name, size=()) else None
+        return Published(input=PublishedImage(channels=3, size=size))
+    weights = weights_of(name)
     transform = weights.transforms()
     (crop,), (resize,) = transform.crop_size, transform.resize_size
-    return InputDefaults(
+    image = PublishedImage(
         size=(crop, crop),
         channels=3,
         mean=tuple(transform.mean),
         std=tuple(transform.std),
         interpolation=transform.interpolation.value,
         crop=crop / resize,
+    )
+    return Published(
+        input=image,
+        has_weights=True,
         num_classes=len(weights.meta["categories"]),
         class_names=tuple(weights.meta["categories"]),
     )
@@ -73,25 +79,27 @@ def build(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
     import torchvision
 
     name = bare_name(spec.name)
-    if spec.channels != 3:
-        raise RecipeError(f"{spec.name} takes 3 channels, got {spec.channels}", hint="--set data.preprocess.channels=3")
+    channels, size = image_of(spec)
+    if channels != 3:
+        raise RecipeError(f"{spec.name} takes 3 channels, got {channels}", hint="--set data.input.channels=3")
     check_fits(spec, reserved=_OURS)
-    fixed: dict[str, Any] = _size_argument(name, size=tuple(spec.size))
+    fixed: dict[str, Any] = _size_argument(name, size=size)
     if name in ("googlenet", "inception_v3"):  # their auxiliary heads are for training from scratch only
         fixed |= {"aux_logits": False, "init_weights": True}
+    num_classes = told_of(spec, "num_classes")
     model: nn.Module = construct(
-        lambda: torchvision.models.get_model(name, weights=None, num_classes=spec.num_classes, **fixed, **spec.args),
+        lambda: torchvision.models.get_model(name, weights=None, num_classes=num_classes, **fixed, **spec.args),
         spec=spec,
     )
     if pretrained:
-        weights = published(name)
+        weights = weights_of(name)
         prefix = weights.url.rpartition("-")[2].partition(".")[0]
         load_published(model, fetch_weights(weights.url, sha256_prefix=prefix), spec=spec)
     return model
 
 
 @lru_cache
-def published(name: str) -> Any:
+def weights_of(name: str) -> Any:
     """torchvision's default weights of a model: its `url`, `transforms` and `meta`."""
     from torchvision.models import get_model_weights
 
@@ -108,7 +116,7 @@ def load_published(model: nn.Module, state: dict[str, torch.Tensor], *, spec: Mo
     head = list(mine)[-2:]  # in every model of torchvision the classifier comes last
     state = {name: tensor for name, tensor in state.items() if name in mine or not name.lower().startswith("aux")}
     for name in head:
-        if name in state and state[name].shape != mine[name].shape and len(state[name]) != spec.num_classes:
+        if name in state and state[name].shape != mine[name].shape and len(state[name]) != spec.told["num_classes"]:
             del state[name]
     try:
         result = model.load_state_dict(state, strict=False)
@@ -116,7 +124,7 @@ def load_published(model: nn.Module, state: dict[str, torch.Tensor], *, spec: Mo
         first = str(error).splitlines()[1:2]
         raise RecipeError(
             f"model.pretrained: the published weights of {spec.name} do not fit ({' '.join(first).strip()})",
-            hint="leave model.args and data.preprocess.size as published, or set model.pretrained to false",
+            hint="leave model.args and data.input.size as published, or set model.pretrained to false",
         ) from error
     missing = sorted(set(result.missing_keys) - set(head)) + sorted(result.unexpected_keys)
     if missing:

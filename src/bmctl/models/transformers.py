@@ -1,47 +1,70 @@
-"""``transformers:NAME``: image classifiers of transformers.
+"""``transformers:NAME``: classifiers of images and of texts, whichever the data give.
 
-NAME is an architecture such as `vit` or `resnet`, whose configuration `args` may change; or a repository on the hub
-such as `google/vit-base-patch16-224`, or a folder with one, whose configuration is stored in the package.
+NAME is an architecture such as `vit` or `bert`, whose configuration `args` may change; or a repository on the hub such
+as `google/vit-base-patch16-224`, or a folder with config.json, model.safetensors and, for texts, tokenizer.json. Their
+configuration is stored in the package.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from bmctl.errors import DependencyError, PackageError, RecipeError
+from bmctl.core.published import Published, PublishedImage, PublishedText
+from bmctl.errors import RecipeError
+from bmctl.models import repositories
 from bmctl.models.downloads import from_hub
-from bmctl.models.spec import Drops, InputDefaults, ModelConfig, ModelSpec, bare_name, check_fits, construct
+from bmctl.models.spec import (
+    Drops,
+    ModelConfig,
+    ModelSpec,
+    bare_name,
+    check_fits,
+    construct,
+    image_of,
+    takes_text,
+    told_of,
+    unknown_argument,
+    words,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
 CONFIG = "config_json"
 """The argument that holds a repository's configuration, so that the package can be built again without it."""
+TOKENIZER = "tokenizer.json"
 
+Kind = Literal["image", "text"]
 # What would run code of others, read files, or is told by the data.
-_OURS = {"num_labels", "id2label", "label2id", "num_channels", "image_size", "auto_map", "quantization_config"}
+_OURS = {
+    "num_labels", "id2label", "label2id", "num_channels", "image_size", "vocab_size", "pad_token_id", "auto_map",
+    "quantization_config",
+}  # fmt: skip
+_OF_DATA = {"num_channels", "image_size", "vocab_size", "pad_token_id"}
 _RUNTIME = {
     "architectures", "attn_implementation", "dtype", "experts_implementation", "model_type", "name_or_path",
     "torch_dtype", "transformers_version",
 }  # fmt: skip
 _DROPOUT = (
     "hidden_dropout_prob", "dropout_rate", "ffn_dropout", "resid_pdrop", "drop_mlp_rate", "classifier_dropout_prob",
+    "dropout",
 )  # fmt: skip
 _STOCHASTIC_DEPTH = ("drop_path_rate", "drop_connect_rate")
 _FILTERS = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as preprocessor_config.json has them
+_ENDLESS = 1_000_000
+"""Tokenizers without a longest text say so by a huge number."""
 
 
 def names() -> list[str]:
     """The architectures; repositories are known to the hub alone."""
-    _require()
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as known
-
     # timm has a source of its own, with its own rules for what may be fetched.
-    return sorted(set(known) - {"timm_wrapper"})
+    return sorted({*_known("image"), *_known("text")} - {"timm_wrapper"})
+
+
+def is_elsewhere(bare: str) -> bool:
+    """Whether a name may be that of a repository or a folder, which no list has."""
+    return "/" in bare or repositories.is_folder(bare)
 
 
 def resolve(spec: ModelSpec) -> ModelSpec:
@@ -58,8 +81,8 @@ def resolve(spec: ModelSpec) -> ModelSpec:
     return spec.model_copy(update={"args": {**spec.args, CONFIG: json.dumps(stored, sort_keys=True)}})
 
 
-def input_defaults(config: ModelConfig) -> InputDefaults:
-    """Channels and size from the configuration; with published weights also what their image processor does."""
+def published(config: ModelConfig) -> Published:
+    """Of images channels, size and, with published weights, what their image processor does; of texts the tokenizer."""
     name = bare_name(config.name)
     if name in names():
         if config.pretrained:
@@ -67,23 +90,21 @@ def input_defaults(config: ModelConfig) -> InputDefaults:
                 f"model.pretrained: {config.name} is an architecture, not published weights",
                 hint="name a repository, such as transformers:google/vit-base-patch16-224",
             )
-        return InputDefaults(size=_pair(getattr(_config(name, {}), "image_size", None)))
+        if name in _known("image"):
+            return Published(input=PublishedImage(size=_pair(getattr(_config(name, {}), "image_size", None))))
+        return Published(input=PublishedText())
     raw = _repository_config(name)
-    size, channels = _pair(raw.get("image_size")), raw.get("num_channels", 3)
+    of_images = raw["model_type"] in _known("image")
+    told = _image(name, raw, pretrained=config.pretrained) if of_images else _text(name, raw)
     if not config.pretrained:
-        return InputDefaults(size=size, channels=channels)
+        return Published(input=told)
+    classes = [str(each) for each in raw.get("architectures") or ()]
+    if classes and not any(each.endswith("Classification") for each in classes):  # a body alone, such as a BertModel
+        return Published(input=told, has_weights=True)
     labels = raw.get("id2label") or {}
-    processor = _fetch_json(name, "preprocessor_config.json")
-    target = processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
-    size = _pair(target) or size
-    resized = _pair(processor.get("size"))
-    return InputDefaults(
-        size=size,
-        channels=channels,
-        mean=processor.get("image_mean") or (0.5,) * channels,
-        std=processor.get("image_std") or (0.5,) * channels,
-        interpolation=_FILTERS.get(processor.get("resample", 2), "bilinear"),  # type: ignore[arg-type]
-        crop=min(1.0, size[0] / resized[0]) if size and resized and processor.get("do_center_crop") else None,
+    return Published(
+        input=told,
+        has_weights=True,
         num_classes=len(labels) or 2,
         class_names=tuple(labels[key] for key in sorted(labels, key=int)) or None,
     )
@@ -101,16 +122,14 @@ def drop_arguments(config: ModelConfig) -> Drops:
 
 
 def build(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
-    """A module from float32 [N, channels, H, W] to logits [N, num_classes].
+    """A module from images, or from token ids and their mask, to logits [N, num_classes].
 
     Raises:
-        RecipeError: An argument, a size or a number of channels that the model does not take.
+        RecipeError: An argument, a size, a number of channels or a tokenizer that the model does not take.
         DependencyError: transformers is not installed, or the weights cannot be downloaded.
     """
-    _require()
-    from transformers import AutoModelForImageClassification
-
-    from bmctl.models.networks import Logits
+    repositories.require()
+    from bmctl.models.own.networks import ImageLogits, TextLogits
 
     check_fits(spec, reserved=_OURS)
     name = bare_name(spec.name)
@@ -120,70 +139,166 @@ def build(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
     strange = sorted(key for key in {**stored, **changes} if not _is_plain(key) and key != "model_type")
     if strange:
         raise RecipeError(f"model.args: {strange[0]} may not be set", hint=f"remove {strange[0]} from model.args")
+    architecture = str(stored.get("model_type", name))
+    kind: Kind = "text" if takes_text(spec) else "image"
+    if architecture not in _known(kind):
+        others = {"text": "images", "image": "texts"}[kind]
+        takes = f"takes {others}" if architecture in names() else "is no classifier of transformers"
+        raise RecipeError(
+            f"model.name: {spec.name} {takes}; the data give {words(spec.given)}",
+            hint=f"take one of the types {', '.join(sorted(_known(kind))[:8])}, ...",
+        )
+    known = _arguments(architecture)
+    for key in sorted(set(changes) - known):
+        raise unknown_argument(spec.name, key, known={each for each in known if each not in _OURS})
 
     def make() -> nn.Module:
-        values = {**stored, **changes, "num_labels": spec.num_classes}
-        architecture = values.pop("model_type", name)
-        if architecture not in names():
-            raise ValueError(f"{architecture!r} is no image classifier of transformers")
-        config = _config(architecture, values)
-        if hasattr(config, "num_channels"):
-            config.num_channels = spec.channels
-        if not pretrained and hasattr(config, "image_size"):
-            config.image_size = spec.size[0] if spec.size[0] == spec.size[1] else tuple(spec.size)
-        with _quiet():
-            if not pretrained:
-                return AutoModelForImageClassification.from_config(config, attn_implementation="eager")
-            with from_hub(spec.name):
-                return AutoModelForImageClassification.from_pretrained(
-                    name,
-                    config=config,
-                    attn_implementation="eager",
-                    ignore_mismatched_sizes=True,
-                    trust_remote_code=False,
-                    dtype="float32",
-                )
+        values = {key: value for key, value in {**stored, **changes}.items() if key != "model_type"}
+        config = _config(architecture, {**values, "num_labels": told_of(spec, "num_classes")})
+        told = _tell_text if kind == "text" else _tell_image
+        told(config, spec, is_stored=CONFIG in spec.args, pretrained=pretrained)
+        return _make(spec, config, kind=kind, pretrained=pretrained)
 
-    return Logits(construct(make, spec=spec))
+    return (TextLogits if kind == "text" else ImageLogits)(construct(make, spec=spec))
+
+
+def _make(spec: ModelSpec, config: Any, *, kind: Kind, pretrained: bool) -> nn.Module:
+    """The model; eager attention is what every architecture has and every exporter knows."""
+    import transformers
+
+    of_kind = {
+        "image": transformers.AutoModelForImageClassification,
+        "text": transformers.AutoModelForSequenceClassification,
+    }[kind]
+    with repositories.quiet():
+        if not pretrained:
+            return of_kind.from_config(config, attn_implementation="eager")
+        name = bare_name(spec.name)
+        with from_hub(spec.name):
+            model, found = of_kind.from_pretrained(
+                name,
+                config=config,
+                attn_implementation="eager",
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                local_files_only=repositories.is_folder(name),
+                dtype="float32",
+                output_loading_info=True,
+            )
+    body = f"{model.base_model_prefix}."
+    missing = sorted(key for key in found["missing_keys"] if key.startswith(body) and "pooler" not in key)
+    others = sorted(str(key[0]) for key in found["mismatched_keys"] if str(key[0]).startswith(body))
+    if missing or others:
+        raise RecipeError(
+            f"model.pretrained: the published weights of {spec.name} do not fit ({(missing + others)[0]})",
+            hint="leave model.args as published, or set model.pretrained to false",
+        )
+    return model
+
+
+def _tell_image(config: Any, spec: ModelSpec, *, is_stored: bool, pretrained: bool) -> None:
+    channels, size = image_of(spec)
+    if hasattr(config, "num_channels"):
+        config.num_channels = channels
+    if not pretrained and hasattr(config, "image_size"):
+        config.image_size = size[0] if size[0] == size[1] else size
+
+
+def _tell_text(config: Any, spec: ModelSpec, *, is_stored: bool, pretrained: bool) -> None:
+    vocab_size, max_tokens = told_of(spec, "vocab_size"), told_of(spec, "max_tokens")
+    if not is_stored:
+        config.vocab_size = vocab_size
+    if not is_stored or config.pad_token_id is None:
+        config.pad_token_id = told_of(spec, "pad_id")
+    if vocab_size > config.vocab_size:
+        raise RecipeError(
+            f"data.input.tokenizer: it has {vocab_size} tokens, {spec.name} knows {config.vocab_size}",
+            hint="leave data.input.tokenizer out: the model brings its own",
+        )
+    longest = getattr(config, "max_position_embeddings", None)
+    if isinstance(longest, int) and max_tokens > longest:
+        raise RecipeError(
+            f"data.input.max_tokens: {max_tokens}, but {spec.name} takes at most {longest}",
+            hint=f"--set data.input.max_tokens={longest}",
+        )
+
+
+def _image(name: str, raw: dict[str, Any], *, pretrained: bool) -> PublishedImage:
+    size, channels = _pair(raw.get("image_size")), raw.get("num_channels", 3)
+    if not pretrained:
+        return PublishedImage(size=size, channels=channels)
+    processor = repositories.fetch_json(name, "preprocessor_config.json")
+    target = processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
+    size = _pair(target) or size
+    resized = _pair(processor.get("size"))
+    return PublishedImage(
+        size=size,
+        channels=channels,
+        mean=processor.get("image_mean") or (0.5,) * channels,
+        std=processor.get("image_std") or (0.5,) * channels,
+        interpolation=_FILTERS.get(processor.get("resample", 2), "bilinear"),  # type: ignore[arg-type]
+        crop=min(1.0, size[0] / resized[0]) if size and resized and processor.get("do_center_crop") else None,
+    )
+
+
+def _text(name: str, raw: dict[str, Any]) -> PublishedText:
+    path = repositories.fetch_file(name, TOKENIZER)
+    settings = repositories.fetch_json(name, "tokenizer_config.json", default={})
+    limits = (raw.get("max_position_embeddings"), settings.get("model_max_length"))
+    longest = min((each for each in limits if isinstance(each, int) and 0 < each < _ENDLESS), default=None)
+    pad_id = raw.get("pad_token_id")
+    return PublishedText(
+        max_tokens=longest,
+        vocab_size=raw.get("vocab_size"),
+        pad_id=pad_id if isinstance(pad_id, int) and pad_id >= 0 else None,
+        files={TOKENIZER: str(path)} if path else {},
+    )
+
+
+def _known(kind: Kind) -> frozenset[str]:
+    """The architectures that classify images, or texts."""
+    repositories.require()
+    from transformers.models.auto import modeling_auto
+
+    return frozenset(
+        modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+        if kind == "image"
+        else modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    )
 
 
 def _config(architecture: str, values: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(architecture, **values)
+    with repositories.quiet():
+        return AutoConfig.for_model(architecture, **values)
+
+
+def _arguments(architecture: str) -> frozenset[str]:
+    """What the architecture's own configuration has, beyond what that of every model has."""
+    import dataclasses
+
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+    own = CONFIG_MAPPING[architecture]
+    of_all = {each.name for each in dataclasses.fields(PreTrainedConfig)}
+    return frozenset({each.name for each in dataclasses.fields(own)} - of_all | set(own.attribute_map))
 
 
 def _is_plain(key: str) -> bool:
     """Whether a key of a configuration describes the architecture, and nothing that runs, fetches or names classes."""
-    return not key.startswith("_") and key not in _RUNTIME | (_OURS - {"num_channels", "image_size"})
+    return not key.startswith("_") and key not in _RUNTIME | (_OURS - _OF_DATA)
 
 
 def _repository_config(name: str) -> dict[str, Any]:
-    found = _fetch_json(name, "config.json")
+    found = repositories.fetch_json(name, repositories.CONFIG)
     if found.get("model_type") not in names():
         raise RecipeError(
             f"model.name: transformers:{name} is of the type {found.get('model_type')!r}, "
-            "which is no image classifier of transformers",
+            "which is no classifier of images or texts of transformers",
             hint=f"take one of the types {', '.join(names()[:8])}, ...",
         )
-    return found
-
-
-def _fetch_json(name: str, file: str) -> dict[str, Any]:
-    """A small file of a repository on the hub, or of a folder."""
-    _require()
-    from huggingface_hub import hf_hub_download
-
-    path = Path(name) / file
-    if not Path(name).is_dir():
-        with from_hub(f"transformers:{name}"):
-            path = Path(hf_hub_download(name, file))
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PackageError(f"{path}: cannot be read ({error})", hint="fetch the model again") from error
-    if not isinstance(found, dict):
-        raise PackageError(f"{path}: expected an object", hint="fetch the model again")
     return found
 
 
@@ -195,29 +310,3 @@ def _pair(size: Any) -> tuple[int, int] | None:
     if isinstance(size, (list, tuple)):
         return (size[0], size[1])
     return (size, size) if size else None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers reports on stderr what bmctl says itself: a new head, a bar while loading."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _require() -> None:
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise DependencyError(
-            "models named transformers:... need transformers, which is not installed",
-            hint="pip install 'bmctl[transformers]'",
-        ) from error

@@ -23,19 +23,18 @@ from bmctl.recipe.sections import (
     InferConfig,
     LaunchConfig,
     MeasureConfig,
-    PreprocessConfig,
     Recipe,
     SourceConfig,
     SplitConfig,
     Step,
     TaskConfig,
 )
-from bmctl.recipe.shape import DEFAULT_KIND, recipe_schema
+from bmctl.recipe.shape import default_kinds, recipe_schema
 from bmctl.recipe.yamlio import read_yaml, yaml_text
 
 __all__ = [
     "BackendConfig", "CalibConfig", "DataConfig", "ExportConfig", "GatesConfig", "InferConfig",
-    "LaunchConfig", "MeasureConfig", "PreprocessConfig", "Recipe", "SourceConfig", "SplitConfig", "Step", "TaskConfig",
+    "LaunchConfig", "MeasureConfig", "Recipe", "SourceConfig", "SplitConfig", "Step", "TaskConfig",
     "bare_recipe", "builtin_recipes", "describe", "find_recipe", "load_recipe", "recipe_schema", "recipe_yaml",
 ]  # fmt: skip
 
@@ -74,7 +73,7 @@ def finish(draft: Draft, *, overrides: Sequence[str]) -> Recipe:
     """Overrides, then every check; raises all problems together."""
     for override in overrides:
         apply_override(draft, override)
-    expand(draft.data, draft.places, kinds=DEFAULT_KIND)
+    expand(draft.data, draft.places, kinds=default_kinds(draft.data))
     check_variables(draft, draft.data, path=())
     recipe = None
     try:

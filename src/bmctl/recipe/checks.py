@@ -7,12 +7,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from bmctl.backends import BACKENDS
+from bmctl.core.evaluation import SHARE, Metric, main_metric
 from bmctl.fit import Fit
+from bmctl.inputs import INPUTS
 from bmctl.methods import METHODS
+from bmctl.models import own
 from bmctl.recipe.diagnosis import did_you_mean, own_models, shown
-from bmctl.recipe.sections import ExportConfig, LaunchConfig, MeasureConfig
+from bmctl.recipe.sections import ExportConfig, LaunchConfig, MeasureConfig, input_kind
 from bmctl.recipe.yamlio import KeyPath
 from bmctl.schema import BATCH, Span
+from bmctl.tasks import TASKS
 
 T = TypeVar("T")
 Found = Iterator[tuple[KeyPath, str, str]]
@@ -25,11 +29,13 @@ def check_sections(data: Mapping[str, Any]) -> Found:
         Key path, message and hint.
     """
     yield from check_needs(data)
+    yield from check_gates(data)
     yield from check_launch(data)
     yield from check_loops(data)
     yield from check_axes(data)
     yield from check_steps(data)
-    yield from check_images(data)
+    yield from check_input(data)
+    yield from check_infer(data)
 
 
 def get(data: Mapping[str, Any], path: KeyPath, kind: type[T], default: T) -> T:
@@ -52,19 +58,61 @@ def check_needs(data: Mapping[str, Any]) -> Found:
         yield ("train",), "training needs a `model` section", "add `model: bmctl:rescnn`"
     if has(data, "task") and not has(data, "data"):
         yield ("task",), "a task needs a `data` section", "add `data: {source: bundled}`, or remove the task"
-    gates = get(data, ("gates",), dict, {})
-    if gates.get("max_drop") is not None and not has(data, "data"):
-        message = "without a `data` section there is no metric that could drop"
-        yield ("gates", "max_drop"), message, "remove the gate, or add `data`"
-    if gates.get("min_speedup") is not None and not get(data, ("export", "baseline"), bool, True):
-        message = "a speedup is against the uncompressed model, and `export.baseline` is false"
-        yield ("gates", "min_speedup"), message, "remove the gate, or set export.baseline to true"
     name = get(data, ("model", "name"), str, "")
     if name.startswith("bmctl:") and name not in own_models():
         message = f"must be one of {', '.join(own_models())}, got {shown(name)}"
         yield ("model", "name"), message, did_you_mean(name, own_models())
     elif name.startswith("bmctl:") and get(data, ("model", "pretrained"), bool, False):
         yield ("model", "pretrained"), f"{name} has no published weights", "set it to false, or name a timm: model"
+    if name in own_models():
+        for key, message, hint in own.problems(name, get(data, ("model", "args"), dict, {})):
+            yield ("model", "args", key), message, hint
+
+
+def check_gates(data: Mapping[str, Any]) -> Found:
+    """Gates on what is not measured, or that nothing could pass."""
+    gates = get(data, ("gates",), dict, {})
+    if gates.get("min_speedup") is not None and not get(data, ("export", "baseline"), bool, True):
+        message = "a speedup is against the uncompressed model, and `export.baseline` is false"
+        yield ("gates", "min_speedup"), message, "remove the gate, or set export.baseline to true"
+    by_name = get(data, ("gates", "metrics"), dict, {})
+    if not has(data, "data"):
+        for key in [key for key in ("max_drop", "metrics") if gates.get(key)]:
+            message = "without a `data` section there is no metric" + (" that could drop" if key == "max_drop" else "")
+            yield ("gates", key), message, "remove the gate, or add `data`"
+    kind = get(data, ("task", "kind"), str, "classify")
+    if kind not in TASKS:
+        return
+    metrics = TASKS[kind].METRICS
+    limits: list[tuple[KeyPath, Metric, Mapping[str, Any]]] = [
+        (("gates",), main_metric(TASKS[kind]), {"max_drop": gates.get("max_drop")})
+    ]
+    for name, limit in by_name.items():
+        if limit == {}:
+            yield ("gates", "metrics", name), "has no limit", f"give one: {name}: {{max_drop: 0.01}}"
+        elif name in metrics:
+            limits.append((("gates", "metrics", name), metrics[name], limit if isinstance(limit, Mapping) else {}))
+        else:
+            message = f"{kind} has no such metric; it has {', '.join(metrics)}"
+            yield ("gates", "metrics", name), message, did_you_mean(str(name), metrics)
+    for path, metric, limit in limits:
+        yield from check_limits(path, metric, limit)
+
+
+def check_limits(path: KeyPath, metric: Metric, limits: Mapping[str, Any]) -> Found:
+    """The gates of one metric: those of a share lie in [0, 1], and there is something between them."""
+    given = {
+        key: float(limit)
+        for key in ("min", "max", "max_drop")
+        if isinstance(limit := limits.get(key), int | float) and not isinstance(limit, bool)
+    }
+    for key, limit in given.items():
+        if metric.unit == SHARE and limit > 1:
+            hint = f"{metric.name} is a fraction: write {limit / 100:g}" if limit <= 100 else ""
+            yield (*path, key), f"must be at most 1, got {limits[key]!r}", hint
+    if given.get("min", -math.inf) > given.get("max", math.inf):
+        message = f"must be min <= max, got {limits['min']}, {limits['max']}"
+        yield path, message, f"{metric.name}: {{min: {limits['max']}, max: {limits['min']}}}"
 
 
 def check_launch(data: Mapping[str, Any]) -> Found:
@@ -129,7 +177,8 @@ def check_axes(data: Mapping[str, Any]) -> Found:
     low, high = (get(axes, (BATCH, key), int, getattr(Span(), key)) for key in ("min", "max"))
     measured = get(data, ("export", "measure", "batch_size"), int, MeasureConfig().batch_size)
     backends = get(data, ("export", "backends"), list, list(ExportConfig().backends))
-    engines = [b["name"] for b in backends if isinstance(b, dict) and str(b.get("name")).startswith("tensorrt")]
+    names = [str(backend.get("name")) for backend in backends if isinstance(backend, dict)]
+    engines = [name for name in names if name in BACKENDS and BACKENDS[name].PROFILED]
     if engines and low <= high and not low <= measured <= high:
         message = f"{measured} is outside the batch profile {low} to {high} that {engines[0]} builds for"
         yield ("export", "measure", "batch_size"), message, "set export.axes.batch.max or export.measure.batch_size"
@@ -156,25 +205,23 @@ def check_steps(data: Mapping[str, Any]) -> Found:
         elif graph_step:
             message = f"{method} works on the model's weights and cannot follow {graph_step}, which works on its graph"
             yield ("compress", i), message, f"move it before {graph_step}"
-        if method == "ptq" and not has(data, "data"):
-            yield ("compress", i), "ptq needs a `data` section to calibrate with", "add `data: {source: bundled}`"
+        if METHODS[method].CALIBRATES and not has(data, "data"):
+            yield ("compress", i), f"{method} needs a `data` section to calibrate with", "add `data: {source: bundled}`"
         if step.get("recover") is not None and not has(data, "data"):
             yield ("compress", i, "recover"), "recovery is training and needs a `data` section", "add one"
 
 
-def check_images(data: Mapping[str, Any]) -> Found:
-    """Preprocessing whose numbers do not fit together, and an unknown backend to infer with."""
-    path: KeyPath = ("data", "preprocess")
-    mean, std = (get(data, (*path, key), list, []) for key in ("mean", "std"))
-    channels = get(data, (*path, "channels"), int, 0)
-    if mean and std and len(mean) != len(std):
-        yield (*path, "std"), f"{len(std)} values, mean has {len(mean)}", "give one per channel"
-    for key, values in (("mean", mean), ("std", std)):
-        if values and channels and len(values) != channels:
-            yield (*path, key), f"{len(values)} values for {channels} channel(s)", "give one per channel"
-    size = get(data, (*path, "size"), list, [1, 1])
-    if len(size) != 2:
-        yield (*path, "size"), f"must be one number or [height, width], got {len(size)} numbers", "size: [224, 224]"
+def check_input(data: Mapping[str, Any]) -> Found:
+    """Numbers of the input that do not fit together."""
+    path: KeyPath = ("data", "input")
+    given = get(data, path, dict, {})
+    module = INPUTS.get(str(given.get("kind") or input_kind(get(data, ("data", "source"), dict, {}))))
+    for key, message, hint in module.check(given) if module is not None else ():
+        yield (*path, key), message, hint
+
+
+def check_infer(data: Mapping[str, Any]) -> Found:
+    """An unknown backend to infer with."""
     backend = get(data, ("infer", "backend"), str, "auto")
     choices = ["auto", "eager", *BACKENDS]
     if backend not in choices:

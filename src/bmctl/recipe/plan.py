@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bmctl.fit import Fit
-from bmctl.methods.ptq import ENOUGH
+from bmctl.methods import METHODS
 from bmctl.recipe.sections import GatesConfig, Recipe
 from bmctl.schema import BATCH, Strict
 
@@ -64,9 +64,10 @@ def step_text(step: Any, recipe: Recipe) -> str:
     if recover:
         teacher = ", taught by the original" if recover.teacher == "original" else ""
         text += f" and recover: {fit_text(recover.fit)}{teacher}"
-    if step.method == "ptq" and recipe.data:
-        most = min(step.samples or ENOUGH, recipe.data.calib.limit or ENOUGH)
-        text += f" calibrated on {most} samples of {recipe.data.calib.split}"
+    method = METHODS[step.method]
+    if method.CALIBRATES and recipe.data:
+        most, limit = method.num_samples(step), recipe.data.calib.limit
+        text += f" calibrated on {most if limit is None else min(most, limit)} samples of {recipe.data.calib.split}"
     return text
 
 
@@ -82,12 +83,16 @@ def export_text(recipe: Recipe) -> str:
 
 def gate_texts(gates: GatesConfig) -> Iterator[str]:
     if gates.max_drop is not None:
-        yield f"metric drops by at most {gates.max_drop}"
+        yield f"metric worse by at most {gates.max_drop}"
+    for name, limits in gates.metrics.items():
+        for key, words in (("min", "at least"), ("max", "at most"), ("max_drop", "worse by at most")):
+            if (limit := getattr(limits, key)) is not None:
+                yield f"{name} {words} {limit}"
     if gates.min_speedup is not None:
         yield f"at least {gates.min_speedup} times as fast"
     if gates.max_size_bytes is not None:
         yield f"at most {gates.max_size_bytes} bytes"
     if gates.max_latency_ms is not None:
         yield f"at most {gates.max_latency_ms} ms a batch"
-    if gates.allow_unrun and any(value is not None for key, value in gates if key != "allow_unrun"):
+    if gates.allow_unrun and any(value not in (None, {}) for key, value in gates if key != "allow_unrun"):
         yield "what cannot run here passes"

@@ -8,9 +8,10 @@ from pydantic import Field, field_validator, model_validator
 
 from bmctl.backends import BACKENDS
 from bmctl.fit import Fit
+from bmctl.inputs import INPUTS, InputConfig
 from bmctl.methods import METHODS
 from bmctl.models import ModelConfig
-from bmctl.schema import BATCH, Count, Many, Positive, Ratio, Span, Strict
+from bmctl.schema import BATCH, Count, Many, NotNegative, Positive, Span, Strict
 from bmctl.sources import SOURCES
 from bmctl.tasks import TASKS
 
@@ -45,73 +46,39 @@ class CalibConfig(Strict):
     limit: Count | None = None
 
 
-class PreprocessConfig(Strict):
-    """Each None is filled in from the model's publisher, else from the training data; see schema.Preprocess."""
-
-    size: Count | Many[Count] | None = None
-    channels: Literal[1, 3] | None = None
-    mean: Many[float] | None = None
-    std: Many[Positive] | None = None
-    interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
-    crop: Ratio | None = None
-
-
-class CropConfig(Strict):
-    """A random part of the image, scaled to the input size.
-
-    Attributes:
-        scale: Its share of the area: least and most.
-        ratio: Its width over its height: least and most.
-    """
-
-    scale: Many[Annotated[float, Field(gt=0, le=1)]] = Field(default=(0.08, 1.0), min_length=2, max_length=2)
-    ratio: Many[Annotated[float, Field(gt=0, le=100)]] = Field(default=(3 / 4, 4 / 3), min_length=2, max_length=2)
-
-    @field_validator("scale", "ratio")
-    @classmethod
-    def least_first(cls, values: tuple[float, ...]) -> tuple[float, ...]:
-        if values[0] > values[1]:
-            raise ValueError(f"must be [least, most], got {list(values)}")
-        return values
-
-
-class AugmentConfig(Strict):
-    """Training only; what happens to a sample depends on the seed, the epoch and which sample it is.
-
-    Attributes:
-        crop: Cut out a random part; without, images are brought to size as for evaluation.
-        flip: Mirror half of the images.
-        shift: Up to so many pixels up, down, left and right.
-        brightness: Times a factor of up to this much below or above 1; likewise contrast and saturation.
-        erase: Share of the images of which a rectangle is painted over with the mean colour.
-    """
-
-    crop: CropConfig | None = None
-    flip: bool = False
-    shift: Annotated[int, Field(ge=0, le=64)] = 0
-    brightness: Ratio = 0.0
-    contrast: Ratio = 0.0
-    saturation: Ratio = 0.0
-    erase: Ratio = 0.0
+def input_kind(source: Any) -> str:
+    """What kind of input a source is read as where the recipe does not say; the first there is where it is unknown."""
+    kind = source.get("kind") if isinstance(source, dict) else getattr(source, "kind", None)
+    known = SOURCES.get(kind) if isinstance(kind, str) else None
+    return str(known.INPUT) if known is not None else next(iter(INPUTS))
 
 
 class DataConfig(Strict):
     """What a model is made and judged on.
 
     Attributes:
+        input: From samples to what the model takes, and what training does to them; its kind follows from the source.
         num_workers: Loader processes of each training process; `auto` goes by the data and the cores.
         prefetch: Batches that each of them prepares ahead.
     """
 
     source: SourceConfig
+    input: InputConfig = Field(default_factory=dict, validate_default=True)
     train: SplitConfig = SplitConfig()
     val: SplitConfig = SplitConfig()
     test: SplitConfig = SplitConfig()
     calib: CalibConfig = CalibConfig()
-    preprocess: PreprocessConfig = PreprocessConfig()
-    augment: AugmentConfig = AugmentConfig()
     num_workers: Annotated[int, Field(ge=0, le=64)] | Literal["auto"] = "auto"
     prefetch: Annotated[int, Field(ge=1, le=64)] = 2
+
+    @model_validator(mode="before")
+    @classmethod
+    def input_of_the_source(cls, values: Any) -> Any:
+        """An input that does not say its kind is of the kind that the source is read as."""
+        if isinstance(values, dict) and isinstance(values.get("input", {}), dict):
+            kind = input_kind(values.get("source"))
+            return {**values, "input": {"kind": kind, **values.get("input", {})}}
+        return values
 
 
 class Nodes(Strict):
@@ -187,19 +154,34 @@ class InferConfig(Strict):
     batch_size: Count = 64
 
 
+class MetricGates(Strict):
+    """What one of the task's metrics must hold on test data, in its unit (a share as a fraction); None is no gate.
+
+    Attributes:
+        max_drop: By how much it may be worse than the trained model's, whichever way is better.
+    """
+
+    min: float | None = None
+    max: float | None = None
+    max_drop: NotNegative | None = None
+
+
 class GatesConfig(Strict):
     """What a shipped artifact must hold; each None is no gate.
 
     Attributes:
         backends: Whose artifacts are judged; None is all of them.
-        max_drop: Of the task's metric on test data against the trained model, as a fraction.
+        max_drop: Of the task's main metric on test data: by how much it may be worse than the trained model's, in its
+            unit (a share, such as accuracy, as a fraction).
+        metrics: The same and more for any metric of the task, by its name.
         min_speedup: Samples per second against the uncompressed model on the same backend, in the same rounds.
         max_latency_ms: Median of one batch of `export.measure.batch_size`.
         allow_unrun: Let pass what was built here but cannot be run here.
     """
 
     backends: Many[BackendName] | None = None
-    max_drop: Ratio | None = None
+    max_drop: NotNegative | None = None
+    metrics: dict[str, MetricGates] = Field(default_factory=dict)
     min_speedup: Positive | None = None
     max_size_bytes: Count | None = None
     max_latency_ms: Positive | None = None

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
-from bmctl.recipe.sections import Recipe
+from bmctl.recipe.sections import Recipe, input_kind
 from bmctl.recipe.yamlio import KeyPath
 
 Json = Mapping[str, Any]
@@ -15,6 +15,7 @@ Json = Mapping[str, Any]
 SHORTHAND: Mapping[KeyPath, str] = {
     ("model",): "name",
     ("data", "source"): "kind",
+    ("data", "input"): "kind",
     ("task",): "kind",
     ("train", "optimizer"): "name",
     ("train", "schedule"): "name",
@@ -33,6 +34,12 @@ DEFAULT_KIND: Mapping[KeyPath, str] = {
     ("compress", "*", "recover", "fit", "schedule"): "cosine",
 }
 """What such a mapping is where it does not say."""
+
+
+def default_kinds(data: Json) -> Mapping[KeyPath, str]:
+    """DEFAULT_KIND, and of the input what suits the source."""
+    section = data.get("data")
+    return {**DEFAULT_KIND, ("data", "input"): input_kind(section.get("source") if isinstance(section, dict) else None)}
 
 
 @lru_cache(maxsize=1)
@@ -97,10 +104,12 @@ def step_to(path: KeyPath, data: Any) -> tuple[list[Json], Any]:
     nodes, value = [resolved_schema()], data
     for key in path:
         inner = [
-            node.get("items") if isinstance(key, int) else node.get("properties", {}).get(key)
+            node.get("items")
+            if isinstance(key, int)
+            else node.get("properties", {}).get(key, node.get("additionalProperties"))
             for node in resolved(nodes, value)
         ]
-        nodes = list(referred([node for node in inner if node]))
+        nodes = list(referred([node for node in inner if isinstance(node, Mapping)]))
         inside = (isinstance(value, dict) and key in value) or (isinstance(value, list) and isinstance(key, int))
         value = value[key] if inside else None
     return nodes, value

@@ -16,32 +16,34 @@ from pydantic import ValidationError
 
 from bmctl import __version__, store
 from bmctl.errors import PackageError
-from bmctl.report.page import metric_of, to_markdown
+from bmctl.report.page import to_markdown
 from bmctl.report.rows import (
     ORIGINAL,
     Comparison,
     GateResult,
     Latency,
     Measurements,
-    Metric,
     Report,
     Row,
+    Score,
     Timing,
     to_json,
     with_gates,
 )
+from bmctl.report.scoring import SPLITS, Judged, judged, manifest_score, with_drops, with_scores
+from bmctl.tasks import TASKS
 
 if TYPE_CHECKING:
-    from bmctl.core.scores import Scored
+    from bmctl.core.scores import Filed
 
 __all__ = [
     "Comparison",
     "GateResult",
     "Latency",
     "Measurements",
-    "Metric",
     "Report",
     "Row",
+    "Score",
     "Timing",
     "collect",
     "to_json",
@@ -59,17 +61,23 @@ class _Found:
 
     Attributes:
         hashes: Row name to the hashes that its evaluations may be filed under.
-        scored: (hash, split) to an evaluation.
+        filed: (hash, split) to an evaluation.
     """
 
     run: Path
     hashes: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    scored: dict[tuple[str, str], Scored] = field(default_factory=dict)
+    filed: dict[tuple[str, str], Filed] = field(default_factory=dict)
     timings: Measurements | None = None
     notes: list[str] = field(default_factory=list)
 
-    def evaluation(self, row: str, split: str) -> Scored | None:
-        return next((self.scored[h, split] for h in self.hashes[row] if (h, split) in self.scored), None)
+    def evaluations(self, row: str) -> dict[str, Judged]:
+        """Of a row, by split."""
+        found = {}
+        for split in SPLITS:
+            hashed = next((h for h in self.hashes[row] if (h, split) in self.filed), None)
+            if hashed is not None:
+                found[split] = judged(self.filed[hashed, split])
+        return found
 
 
 def collect(run: Path) -> Report:
@@ -85,9 +93,11 @@ def collect(run: Path) -> Report:
     if packages:
         packages[0] = dataclasses.replace(packages[0], is_original=True)
     artifacts = [_artifact_row(found, path, packages) for path in _artifact_directories(run)]
-    rows = [_with_metrics(found, row) for row in (*packages, *artifacts)]
+    rows = [*packages, *artifacts]
+    evaluations = {row.name: found.evaluations(row.name) for row in rows}
+    rows = [with_scores(row, evaluations[row.name]) for row in rows]
     if packages:
-        rows = [_with_drop(found, row, versus=rows[0]) for row in rows]
+        rows = [with_drops(row, evaluations, versus=rows[0], note=found.notes.append) for row in rows]
     rows = _with_speeds(found, rows)
     timings = found.timings
     return Report(
@@ -131,11 +141,11 @@ def _read_manifest(directory: Path) -> Manifest:
 def _read_evaluations(found: _Found) -> None:
     from bmctl.core import scores
 
-    for path, scored in scores.read_all(found.run):
-        if isinstance(scored, str):
-            found.notes.append(f"{path.relative_to(found.run)} was left out: {scored}")
+    for path, filed in scores.read_all(found.run, tasks=TASKS):
+        if isinstance(filed, str):
+            found.notes.append(f"{path.relative_to(found.run)} was left out: {filed}")
         else:
-            found.scored[scored.key.artifact, scored.key.split] = scored
+            found.filed[filed.key.artifact, filed.key.split] = filed
 
 
 def _read_timings(run: Path) -> Measurements | None:
@@ -168,8 +178,8 @@ def _package_row(found: _Found, path: Path) -> Row:
         num_params=metrics.get("num_params"),
         macs=metrics.get("macs"),
         size_bytes=metrics.get("size_bytes") or _size(manifest, "model." if frozen else "weights."),
-        val=_manifest_metric(metrics.get("val")),
-        test=_manifest_metric(metrics.get("test")),
+        val=manifest_score(metrics.get("val")),
+        test=manifest_score(metrics.get("test")),
     )
 
 
@@ -211,52 +221,7 @@ def _size(manifest: Manifest, prefix: str) -> int | None:
     return sum(sizes) if sizes else None
 
 
-def _manifest_metric(value: Mapping[str, Any] | None) -> Metric | None:
-    if not value:
-        return None
-    return Metric(
-        name=value["metric"],
-        value=value["value"],
-        low=value.get("low"),
-        high=value.get("high"),
-        num_samples=value.get("num_samples"),
-        trivial=value.get("baseline"),
-        is_share=value["metric"] == "accuracy",
-    )
-
-
-def _with_metrics(found: _Found, row: Row) -> Row:
-    from bmctl.core.scores import unpack
-
-    metrics = {}
-    for split in ("val", "test"):
-        scored = found.evaluation(row.name, split)
-        if scored is None:
-            continue
-        metrics[split] = metric_of(unpack(scored))
-    return dataclasses.replace(row, **metrics)  # type: ignore[arg-type]
-
-
 # -- comparisons -------------------------------------------------------------------------------------
-
-
-def _with_drop(found: _Found, row: Row, *, versus: Row) -> Row:
-    from bmctl.core.scores import unpack_scores
-    from bmctl.core.stats import paired_interval
-
-    if row.name == versus.name:
-        return row
-    for split in ("test", "val"):
-        mine, theirs = found.evaluation(row.name, split), found.evaluation(versus.name, split)
-        if mine is None or theirs is None:
-            continue
-        if mine.key.samples != theirs.key.samples:
-            found.notes.append(f"{row.name} and {versus.name} were scored on other {split} samples: no drop is given")
-            continue
-        low, high = paired_interval(unpack_scores(theirs), unpack_scores(mine))
-        drop = Comparison(theirs.value - mine.value, low, high, versus=versus.name, split=split)
-        return dataclasses.replace(row, drop=drop)
-    return row
 
 
 def _with_speeds(found: _Found, rows: list[Row]) -> list[Row]:
@@ -289,6 +254,7 @@ def _with_speed(found: _Found, row: Row, timings: Mapping[str, Timing]) -> Row:
         row,
         latency=Latency(timing.p50_ms, timing.p90_ms, timing.p99_ms, num_rounds=len(timing.samples_ms)),
         samples_per_s=timing.throughput,
+        peak_memory_bytes=timing.peak_memory_bytes,
         speedup=None if row.is_original else _speedup(found, row.name, same, timings),
         speedup_over_onnxruntime=None if row.name == onnxruntime else _speedup(found, row.name, onnxruntime, timings),
     )

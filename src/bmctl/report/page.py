@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from bmctl.report.rows import Comparison, Metric, Report, Row
+from bmctl.core.evaluation import SHARE
+from bmctl.report.numbers import (
+    NOTHING,
+    count_text,
+    drop_text,
+    drop_unit,
+    drop_word,
+    memory_text,
+    ratio_text,
+    score_text,
+    size_text,
+    value_text,
+)
+from bmctl.report.rows import Report, Row, Score
 
-if TYPE_CHECKING:
-    from bmctl.core.evaluation import Evaluation
-
-NOTHING = "-"
+UNKNOWN = Score("metric", 0.0, None, None, None, unit=SHARE)
+"""In the headers of a report without any score."""
 
 
 @dataclass(frozen=True)
@@ -24,83 +34,6 @@ class Table:
     words: tuple[int, ...] = (0,)
 
 
-# -- numbers as text ----------------------------------------------------------------------------------
-
-
-def size_text(size_bytes: int | None) -> str:
-    """``121 kB``; SI units, as disks are sold."""
-    if size_bytes is None:
-        return NOTHING
-    if size_bytes < 1000:
-        return f"{size_bytes} B"
-    kilobytes = size_bytes / 1000
-    return f"{kilobytes:,.0f} kB" if kilobytes < 10_000 else f"{kilobytes / 1000:,.1f} MB"
-
-
-def count_text(count: int | None) -> str:
-    """``315 k``, ``11.7 M``."""
-    if count is None:
-        return NOTHING
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            digits = 0 if count >= 100 * size else 1
-            return f"{count / size:.{digits}f} {unit}"
-    return str(count)
-
-
-def metric_text(metric: Metric | None, *, interval: bool = True) -> str:
-    """``89.5 % [88.6, 90.3]``: a share of samples in per cent, anything else on its own scale."""
-    if metric is None:
-        return NOTHING
-    scale, unit, digits = (100, " %", 1) if metric.is_share else (1, "", 4)
-    return _with_interval(metric, scale, digits, unit, interval=interval)
-
-
-def trivial_text(metric: Metric) -> str:
-    """``10.0 %``: what a predictor that ignores its input gets."""
-    if metric.trivial is None:
-        return NOTHING
-    return f"{metric.trivial * 100:.1f} %" if metric.is_share else f"{metric.trivial:.4f}"
-
-
-def drop_text(drop: Comparison | None, *, is_share: bool, interval: bool = True, digits: int | None = None) -> str:
-    """``0.3 [-0.2, 0.8]``: points of a hundred for a share of samples."""
-    if drop is None:
-        return NOTHING
-    scale, usual = (100, 1) if is_share else (1, 4)
-    return _with_interval(drop, scale, digits or usual, interval=interval)
-
-
-def ratio_text(ratio: Comparison | None, *, interval: bool = True, digits: int = 1) -> str:
-    """``2.7x [2.5, 2.9]``, and ``0.02x [0.01, 0.03]`` of what became slower."""
-    if ratio is None:
-        return NOTHING
-    return _with_interval(ratio, 1, max(digits, 2) if ratio.value < 1 else digits, "x", interval=interval)
-
-
-def limit_text(name: str, limit: float) -> str:
-    """A gate's limit with its unit."""
-    if name == "max_drop":
-        return f"{limit * 100:.2f} points"
-    if name == "max_size_bytes":
-        return size_text(int(limit))
-    return f"{limit:.2f}x" if name == "min_speedup" else f"{limit:.2f} ms"
-
-
-def _with_interval(
-    number: Metric | Comparison, scale: float, digits: int, unit: str = "", *, interval: bool = True
-) -> str:
-    text = _fixed(number.value * scale, digits) + unit
-    if not interval or number.low is None or number.high is None:
-        return text
-    return f"{text} [{_fixed(number.low * scale, digits)}, {_fixed(number.high * scale, digits)}]"
-
-
-def _fixed(value: float, digits: int) -> str:
-    text = f"{value:,.{digits}f}"
-    return text.lstrip("-") if float(text.replace(",", "")) == 0 else text  # no "-0.0"
-
-
 # -- tables --------------------------------------------------------------------------------------------
 
 DETAILS = (2, 1, 0)
@@ -109,17 +42,17 @@ DETAILS = (2, 1, 0)
 
 def package_table(report: Report, *, detail: int = 2) -> Table:
     """One line per stage: what the model is, and what it is worth in eager fp32 or as its own graph."""
-    name, share = _metric_name(report)
-    columns = ("stage", "params", "MACs", "size", f"val\n{name}", f"test\n{name}", _drop_header(share))
+    main = _main(report)
+    columns = ("stage", "params", "MACs", "size", f"val\n{main.name}", f"test\n{main.name}", _drop_header(main))
     rows = [
         (
             row.name.rpartition("/")[2],
             count_text(row.num_params),
             count_text(row.macs),
             size_text(row.size_bytes),
-            metric_text(row.val, interval=detail > 1),
-            metric_text(row.test, interval=detail > 1),
-            drop_text(row.drop, is_share=share, interval=detail > 0) + _elsewhere(row, report),
+            score_text(row.val, interval=detail > 1),
+            score_text(row.test, interval=detail > 1),
+            drop_text(row.drop, unit=main.unit, interval=detail > 0) + _elsewhere(row, report),
         )
         for row in report.packages
     ]
@@ -128,25 +61,28 @@ def package_table(report: Report, *, detail: int = 2) -> Table:
 
 def artifact_table(report: Report, *, detail: int = 2) -> Table:
     """One line per deployed artifact, the uncompressed model's beside the shipped one on each runtime."""
-    name, share = _metric_name(report)
+    main = _main(report)
     columns: tuple[str, ...] = (
         "runtime",
         "model",
         "size",
-        f"{_split(report)}\n{name}",
-        _drop_header(share),
+        f"{_split(report)}\n{main.name}",
+        _drop_header(main),
         "p50 / p90 / p99\nms" if detail > 1 else "p50\nms",
         "samples\nper s",
         "speedup",
         "over fp32 on\nONNX Runtime" if detail > 1 else "over\nORT",
     )
-    rows = [_artifact_cells(row, report, share, detail) for row in report.artifacts]
+    rows = [_artifact_cells(row, report, main.unit, detail) for row in report.artifacts]
+    if detail > 1 and any(row.peak_memory_bytes for row in report.artifacts):
+        columns = (*columns, "peak\nmemory")
+        rows = [(*cells, memory_text(row.peak_memory_bytes)) for cells, row in zip(rows, report.artifacts, strict=True)]
     if detail == 0:  # speed and speed-up say what the median says
         rows, columns = [row[:5] + row[6:] for row in rows], columns[:5] + columns[6:]
     return Table("Artifacts", columns, tuple(rows), (0, 1))
 
 
-def _artifact_cells(row: Row, report: Report, share: bool, detail: int) -> tuple[str, ...]:
+def _artifact_cells(row: Row, report: Report, unit: str, detail: int) -> tuple[str, ...]:
     model = f"{row.precision or ''}{' original' if row.is_original else ''}".strip()
     head = (row.backend or row.name, model, size_text(row.size_bytes))
     if row.status != "ran":
@@ -157,8 +93,8 @@ def _artifact_cells(row: Row, report: Report, share: bool, detail: int) -> tuple
         latency = " / ".join(f"{time:.2f}" for time in (times if detail > 1 else times[:1]))
     return (
         *head,
-        metric_text(row.test if _split(report) == "test" else row.val, interval=detail > 1),
-        drop_text(row.drop, is_share=share, interval=detail > 0) + _elsewhere(row, report),
+        score_text(row.test if _split(report) == "test" else row.val, interval=detail > 1),
+        drop_text(row.drop, unit=unit, interval=detail > 0) + _elsewhere(row, report),
         latency,
         f"{row.samples_per_s:,.0f}" if row.samples_per_s else NOTHING,
         ratio_text(row.speedup, interval=detail > 1),
@@ -173,7 +109,7 @@ def gate_table(report: Report) -> Table:
             "pass" if result.passed else "FAIL",
             result.name,
             result.artifact.removeprefix("deploy/"),
-            limit_text(result.name, result.limit),
+            result.limit_text,
             result.why,
         )
         for result in report.gates
@@ -181,8 +117,22 @@ def gate_table(report: Report) -> Table:
     return Table("Gates", ("", "gate", "artifact", "limit", "measured"), tuple(rows), (0, 1, 2, 4))
 
 
-def _drop_header(share: bool) -> str:
-    return "drop,\npoints" if share else "drop"
+def further_table(report: Report) -> Table:
+    """One line per row and metric beside the main one, on test data."""
+    names = dict.fromkeys(name for row in report.rows for name in list(row.test_metrics)[1:])
+    rows = []
+    for row in report.rows:
+        for name in names:
+            if score := row.test_metrics.get(name):
+                drop, unit = row.test_drops.get(name), drop_unit(score.unit)
+                worse = f"{drop_word(score)} {drop_text(drop, unit=score.unit)} {unit}".rstrip() if drop else NOTHING
+                rows.append((row.name.removeprefix("packages/"), name, score_text(score), worse))
+    return Table("Further metrics", ("model", "metric", "test", "against the first package"), tuple(rows), (0, 1))
+
+
+def _drop_header(main: Score) -> str:
+    unit = drop_unit(main.unit)
+    return f"{drop_word(main)},\n{unit}" if unit else drop_word(main)
 
 
 def _elsewhere(row: Row, report: Report) -> str:
@@ -194,9 +144,9 @@ def _split(report: Report) -> str:
     return "test" if any(row.test for row in report.rows) else "val"
 
 
-def _metric_name(report: Report) -> tuple[str, bool]:
-    metric = next((m for row in report.rows for m in (row.test, row.val) if m), None)
-    return (metric.name, metric.is_share) if metric else ("metric", True)
+def _main(report: Report) -> Score:
+    """Any score of the task's main metric: its name, unit and direction are those of all."""
+    return next((score for row in report.rows for score in (row.test, row.val) if score), UNKNOWN)
 
 
 # -- words ---------------------------------------------------------------------------------------------
@@ -206,12 +156,11 @@ def summary(report: Report) -> list[str]:
     """What a reader wants to know first, one sentence each."""
     sentences = []
     first = next(iter(report.packages), None)
-    metric = first and (first.test or first.val)
-    if first and metric:
+    score = first and (first.test or first.val)
+    if first and score:
         split = "test" if first.test else "val"
-        trivial = f"; a trivial predictor gets {trivial_text(metric)}" if metric.trivial is not None else ""
-        count = f" on {metric.num_samples:,} {split} samples" if metric.num_samples else f" on {split}"
-        sentences.append(f"{first.stage or first.name}: {metric.name} {metric_text(metric)}{count}{trivial}.")
+        count = f" on {score.num_samples:,} {split} samples" if score.num_samples else f" on {split}"
+        sentences.append(f"{first.stage or first.name}: {score.name} {score_text(score)}{count}{_trivial(score)}.")
     ran = [row for row in report.artifacts if row.samples_per_s and not row.is_original]
     if ran:
         best = max(ran, key=lambda row: row.samples_per_s or 0)
@@ -219,19 +168,15 @@ def summary(report: Report) -> list[str]:
     return sentences
 
 
-def metric_of(found: Evaluation) -> Metric:
-    """An evaluation as a report's number, with its interval."""
-    from bmctl.core.stats import is_binary, mean_interval
+def evaluation_text(scores: Mapping[str, Score], *, split: str) -> str:
+    """``accuracy 89.5 % [88.6, 90.3] on 5,000 test samples, loss 0.31 nats [...]; a trivial predictor gets 10.0 %``."""
+    main, *others = scores.values()
+    more = "".join(f", {score.name} {score_text(score)}" for score in others)
+    return f"{main.name} {score_text(main)} on {main.num_samples:,} {split} samples{more}{_trivial(main)}"
 
-    low, high = mean_interval(found.scores)
-    return Metric(found.metric, found.value, low, high, len(found.scores), found.baseline, is_binary(found.scores))
 
-
-def evaluation_text(metric: Metric, *, split: str, extra: Mapping[str, float]) -> str:
-    """``accuracy 89.5 % [88.6, 90.3] on 5,000 test samples, loss 0.31; a trivial predictor gets 10.0 %``."""
-    more = "".join(f", {name} {value:.4g}" for name, value in extra.items())
-    text = f"{metric.name} {metric_text(metric)} on {metric.num_samples:,} {split} samples"
-    return f"{text}{more}; a trivial predictor gets {trivial_text(metric)}"
+def _trivial(score: Score) -> str:
+    return "" if score.trivial is None else f"; a trivial predictor gets {value_text(score.trivial, score.unit)}"
 
 
 def unrun(report: Report) -> list[tuple[str, str]]:
@@ -254,18 +199,37 @@ def _praise(best: Row, first: Row | None) -> str:
     if first and first.size_bytes and best.size_bytes:
         words += f"; {size_text(best.size_bytes)}, {first.size_bytes / best.size_bytes:.1f} times smaller than trained"
     if best.drop:
-        metric = best.test or best.val
-        share = metric is None or metric.is_share
-        name = metric.name if metric else "metric"
-        words += f"; {name} drops by {drop_text(best.drop, is_share=share)}{' points' if share else ''}"
+        score = best.test or best.val or UNKNOWN
+        worse = f"{drop_text(best.drop, unit=score.unit)} {drop_unit(score.unit)}".rstrip()
+        words += f"; {score.name} {drop_word(score)}s by {worse}"
     return words + "."
 
 
-HOW_TO_READ = (
-    "Brackets hold 95 % intervals: Wilson's for a share of samples; the adjusted Wald interval of matched pairs for a "
-    "drop, which compares the same samples with the first package; a bootstrap over interleaved rounds for a speedup, "
-    "which compares samples per second with the original on the same runtime. A positive drop is a loss."
-)
+_BY = {
+    "wilson": "Wilson's for a share of samples; the adjusted Wald interval of matched pairs for {a}, which compares "
+    "the same samples with the first package",
+    "t": "Student's t for a mean over samples, and of matched pairs for {a}, which compares the same samples with the "
+    "first package",
+    "bootstrap": "a bootstrap over samples, and over matched pairs for {a}, which compares the same samples with the "
+    "first package",
+}
+
+
+def how_to_read(report: Report) -> str:
+    """What brackets and signs mean, by how the main metric's intervals were taken."""
+    main = _main(report)
+    word = drop_word(main)
+    by = _BY[main.interval or "wilson"].format(a=f"{'an' if word == 'increase' else 'a'} {word}")
+    text = (
+        f"Brackets hold 95 % intervals: {by}; a bootstrap over interleaved rounds for a speedup, which compares "
+        f"samples per second with the original on the same runtime. A positive {word} is a loss."
+    )
+    if any(len(row.test_metrics) > 1 for row in report.rows):
+        text += (
+            " Further metrics: the same for a share of samples, Student's t for another mean, a bootstrap over samples "
+            "for what is none, all on matched pairs where two models are compared; a positive increase is a loss too."
+        )
+    return text
 
 
 def to_markdown(report: Report) -> str:
@@ -276,14 +240,14 @@ def to_markdown(report: Report) -> str:
     if report.gates:
         verdict = f"{len(failed)} of {len(report.gates)} gates failed." if failed else "All gates passed."
         lines.append(f"- {verdict}")
-    for table in (package_table(report), artifact_table(report), gate_table(report)):
+    for table in (package_table(report), artifact_table(report), gate_table(report), further_table(report)):
         if table.rows:
             lines += ["", f"## {table.title}", "", *_markdown_table(table)]
     not_run = [f"{text}{f'; there: `{command}`' if command else ''}" for text, command in unrun(report)]
     for title, items in (("Not run", not_run), ("Notes", report.notes)):
         if items:
             lines += ["", f"## {title}", "", *(f"- {item}" for item in items)]
-    lines += ["", "## How to read this", "", HOW_TO_READ]
+    lines += ["", "## How to read this", "", how_to_read(report)]
     if report.batch_size:
         machine = ", ".join(f"{key} {value}" for key, value in report.machine.items())
         lines += ["", f"Latency is of one batch of {report.batch_size} samples, taken on: {machine or 'this machine'}."]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from bmctl.schema import Count, Many, Positive, Strict
 
@@ -23,6 +26,7 @@ class Timing(Strict):
         samples_ms: One timing per round, in the order of the rounds.
         throughput: Samples per second.
         artifact: Hash of the artifact's manifest, so that a rebuilt one is not given an older one's speed.
+        peak_memory_bytes: That opening it and one batch took of the process; None where that says nothing, as on GPUs.
     """
 
     p50_ms: Positive
@@ -31,6 +35,7 @@ class Timing(Strict):
     samples_ms: Many[Positive]
     throughput: Positive
     artifact: str | None = None
+    peak_memory_bytes: Annotated[int, Field(ge=1)] | None = None
 
 
 class Measurements(Strict):
@@ -45,12 +50,14 @@ class Measurements(Strict):
 
 
 @dataclass(frozen=True)
-class Metric:
-    """A task's metric on one split, with its 95 % interval.
+class Score:
+    """One of a task's metrics on one split, with its 95 % interval.
 
     Attributes:
-        trivial: What a predictor that ignores its input gets.
-        is_share: Whether it is a fraction of samples, and shown in per cent.
+        trivial: What a predictor that ignores its input gets; of the main metric alone.
+        better: Which way is better.
+        unit: ``share`` is shown in per cent, and its differences in points.
+        interval: How the interval was taken.
     """
 
     name: str
@@ -58,8 +65,10 @@ class Metric:
     low: float | None
     high: float | None
     num_samples: int | None
-    trivial: float | None
-    is_share: bool
+    trivial: float | None = None
+    better: Literal["higher", "lower"] = "higher"
+    unit: str = ""
+    interval: Literal["wilson", "t", "bootstrap"] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,7 @@ class Comparison:
     """A paired comparison with its 95 % interval: a drop of the metric, or a ratio of speeds.
 
     Attributes:
+        value: Of a drop: by how much it is worse, in the metric's unit, whichever way is better.
         versus: Name of the row compared with.
         split: Of a drop: the split that both were scored on.
     """
@@ -98,12 +108,16 @@ class Row:
         backend: Of an artifact: its runtime.
         is_original: The first package, or an artifact of it, that the others are compared with.
         precision: Such as ``fp32`` or ``int8``.
+        val: The task's main metric; so are `test` and `drop`.
         drop: Of the metric against the first package, on the same samples; positive is worse.
         speedup: In samples per second over the original on the same runtime, in the same rounds.
         speedup_over_onnxruntime: The same over the original on ONNX Runtime.
+        peak_memory_bytes: Of an artifact: what opening it and one batch took of the process's memory.
         status: ``built, not run`` is an artifact that this machine cannot run.
         reason: Why it was not run.
         command_elsewhere: What proves it, or builds its sibling, on the machine that can.
+        test_metrics: Every metric of the task by name, the main one first.
+        test_drops: Their drops on the same test samples.
     """
 
     name: str
@@ -115,16 +129,19 @@ class Row:
     num_params: int | None
     macs: int | None
     size_bytes: int | None
-    val: Metric | None = None
-    test: Metric | None = None
+    val: Score | None = None
+    test: Score | None = None
     drop: Comparison | None = None
     latency: Latency | None = None
     samples_per_s: float | None = None
     speedup: Comparison | None = None
     speedup_over_onnxruntime: Comparison | None = None
+    peak_memory_bytes: int | None = None
     status: str = "ran"
     reason: str = ""
     command_elsewhere: str = ""
+    test_metrics: Mapping[str, Score] = field(default_factory=dict)
+    test_drops: Mapping[str, Comparison] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -132,11 +149,12 @@ class GateResult:
     """One gate on one artifact.
 
     Attributes:
-        name: Of the gate in the recipe, such as ``max_drop``.
+        name: Of the gate in the recipe, such as ``max_drop`` or ``metrics.macro_f1.min``.
         artifact: Name of the row, or ``-`` where there was none to judge.
         limit: What the recipe allows.
         value: What was measured; None where nothing was.
         why: The verdict in words, with its interval.
+        limit_text: The limit with its unit.
     """
 
     name: str
@@ -145,6 +163,7 @@ class GateResult:
     value: float | None
     passed: bool
     why: str
+    limit_text: str
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from bmctl.report.page import count_text, size_text
+from bmctl.core.evaluation import SHARE
+from bmctl.report.numbers import count_text, size_text
 
 Event = Mapping[str, object]
 
@@ -29,13 +30,13 @@ def duration_text(seconds: float) -> str:
 
 
 def metric_words(event: Event, key: str, *, prefix: str = "") -> str:
-    """``val accuracy 85.2 %``; a metric other than accuracy keeps its own scale."""
+    """``val accuracy 85.2 %``; what is not a share keeps its own scale and unit."""
     value = number(event, key)
     if value is None:
         return ""
-    name = str(event.get("metric_name", "accuracy"))
-    text = f"{value * 100:.1f} %" if name == "accuracy" else f"{value:.4g}"
-    return f"{prefix}{name} {text}"
+    unit = str(event.get("metric_unit", ""))
+    text = f"{value * 100:.1f} %" if unit == SHARE else f"{value:.4g} {unit}".rstrip()
+    return f"{prefix}{event.get('metric_name', 'metric')} {text}"
 
 
 def loss_words(event: Event) -> str:
@@ -160,9 +161,8 @@ def stage_done_line(event: Event) -> str:
     val = found.get("val")
     parts = []
     if isinstance(val, Mapping):
-        parts.append(
-            metric_words({"metric_name": val.get("metric", "accuracy"), **_value(val)}, "value", prefix="val ")
-        )
+        named = {"metric_name": val.get("metric", "metric"), "metric_unit": val.get("unit", "")}
+        parts.append(metric_words({**named, "value": val.get("value")}, "value", prefix="val "))
     for key, unit in (("num_params", " params"), ("macs", " MACs")):
         if (count := number(found, key)) is not None:
             parts.append(count_text(int(count)) + unit)
@@ -171,21 +171,6 @@ def stage_done_line(event: Event) -> str:
     if (latency := number(found, "latency_ms")) is not None:
         parts.append(f"latency {latency:.2f} ms")
     return ", ".join(part for part in parts if part) or "done"
-
-
-def artifact_line(event: Event) -> str:
-    """What was built: where, how large, and whether it ran."""
-    parts = [str(event[key]) for key in ("precision", "status", "reason") if event.get(key)]
-    if (size := number(event, "size_bytes")) is not None:
-        parts.insert(0, size_text(int(size)))
-    if event.get("path"):
-        parts.append(str(event["path"]))
-    name = str(event.get("name") or event.get("backend") or "artifact")
-    return f"{name}: {', '.join(parts)}" if parts else name
-
-
-def _value(val: Event) -> dict[str, object]:
-    return {"value": val.get("value")}
 
 
 REPLACED = str.maketrans(

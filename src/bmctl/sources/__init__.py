@@ -2,82 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType, ModuleType
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
+from bmctl.core.columns import Column
 from bmctl.schema import Strict
-from bmctl.sources import bundled, csv, digits, folder, idx, stream, webdataset
+from bmctl.sources import bundled, commands, csv, digits, folder, idx, stream, table, webdataset
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL import Image
+
+    from bmctl.sources.samples import Indices
 
 
 class Samples(Protocol):
     """One split of one source.
 
     Attributes:
-        labels: int64 [N].
+        columns: What each sample holds, by name; pictures with a label are `picture` and `label`.
         fingerprint: SHA-256 over what identifies the samples; it changes when the data does.
-    """
-
-    class_names: tuple[str, ...]
-    labels: np.ndarray
-    fingerprint: str
-
-    def read(self, indices: Sequence[int] | np.ndarray) -> Sequence[np.ndarray] | np.ndarray:
-        """Decoded images, each uint8 [H, W] or [H, W, 3], in the order of `indices`; as one array where sizes agree."""
-        ...
-
-
-@runtime_checkable
-class Pictures(Samples, Protocol):
-    """Samples that are decoded when they are read."""
-
-    def pictures(self, indices: Sequence[int] | np.ndarray) -> Iterable[Image.Image]:
-        """As `read`, as Pillow holds them, of mode L or RGB."""
-        ...
-
-
-@runtime_checkable
-class Sharded(Pictures, Protocol):
-    """Samples in files of many, which are best read in the order in which they stand.
-
-    Attributes:
-        parts: Integers [N], the file of each; samples of one file are in the order in which they stand.
+        in_memory: Reading costs nothing.
+        sequential: They can only be read in the order in which they stand: reading in any other holds what comes early.
+        parts: Integers [N], the file of each, for samples in files of many; those of one file stand in its order.
         window: Training shuffles files, and samples within such a window; None shuffles all.
-        digests: uint64 [N], equal for equal images.
+        opens_files: `identities` opens a file for each sample.
     """
 
-    parts: np.ndarray
-    window: int | None
-    digests: np.ndarray
+    @property
+    def columns(self) -> Mapping[str, Column]: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def in_memory(self) -> bool: ...
+    @property
+    def sequential(self) -> bool: ...
+    @property
+    def parts(self) -> np.ndarray | None: ...
+    @property
+    def window(self) -> int | None: ...
+    @property
+    def opens_files(self) -> bool: ...
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Indices, *, only: Collection[str] | None = None) -> dict[str, Sequence[Any]]:
+        """The columns' values, or only some columns', in the order of `indices`; see bmctl.core.columns."""
+        ...
+
+    def read_each(self, batches: Sequence[Indices]) -> Iterator[dict[str, Sequence[Any]]]:
+        """`read` of each; where samples are sequential and the indices ascend, in one pass that holds nothing."""
+        ...
 
     def name(self, index: int) -> str:
         """Where a sample stands, for messages."""
         ...
 
+    def sketches(self) -> np.ndarray:
+        """uint64 [N] at no cost, equal for equal samples; often equal for others too."""
+        ...
 
-@runtime_checkable
-class Stream(Sharded, Protocol):
-    """Samples that can only be read in the order in which they stand.
-
-    Attributes:
-        lines: int64 [N], place in its file.
-    """
-
-    lines: np.ndarray
-
-    def pictures(self, indices: Sequence[int] | np.ndarray) -> Iterator[Image.Image]:
-        """One by one; `indices` that ascend file by file cost one pass and hold nothing."""
+    def identities(self, indices: Indices) -> list[bytes]:
+        """What a sample is told by, whatever its label and split; equal for equal samples."""
         ...
 
 
 class Source(Protocol):
-    """A module of this folder. `kind` in Config names it."""
+    """A module of this folder. `kind` in Config names it.
+
+    Attributes:
+        INPUT: The kind of `data.input` that a recipe means which does not say.
+    """
 
     Config: type[Strict]
+    INPUT: str
 
     def open(self, config: Strict, *, split: str) -> Samples:
         """The samples of `train`, `val` or `test`, always the same ones in the same order.
@@ -91,11 +88,13 @@ class Source(Protocol):
 SOURCES: Mapping[str, ModuleType] = MappingProxyType(
     {
         "bundled": bundled,
+        "commands": commands,
         "digits": digits,
         "idx": idx,
         "folder": folder,
         "csv": csv,
         "webdataset": webdataset,
         "stream": stream,
+        "table": table,
     }
 )

@@ -31,6 +31,8 @@ FOLDER = Path(__file__).parents[1] / "bundled"
 SAMPLES = FOLDER / "samples"
 """One image file per class that is in none of the splits: what `infer` shows off with."""
 
+INPUT = "image"
+
 
 class Config(Strict):
     kind: Literal["bundled"] = "bundled"

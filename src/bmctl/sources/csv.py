@@ -1,4 +1,4 @@
-"""A CSV list of image files: columns `path`, `label` and, if wanted, `split` (train, val or test).
+"""A list of image files, CSV, TSV or JSONL: columns `path`, `label` and, if wanted, `split` (train, val or test).
 
 Other columns are passed over. Paths are relative to the list. Without `split`, val and test are carved by ratio, chosen
 by a hash of the path.
@@ -18,6 +18,7 @@ from bmctl.schema import Many, Strict, resolve_env
 from bmctl.sources.samples import FileSamples, Row, file_samples
 
 SPLITS = ("train", "val", "test")
+INPUT = "image"
 
 
 class Config(Strict):
@@ -44,8 +45,14 @@ def open(config: Config, *, split: str) -> FileSamples:
         DataError: The list or one of its files is missing or unreadable; a column, label or split is missing or
             unknown; a path stands in it twice.
     """
+    from bmctl.core.tables import read_rows
+
     path = Path(resolve_env(config.path))
-    lines = _lines(path)
+    if not path.is_file():
+        raise DataError(f"data.source.path: {str(path)!r} is not a file", hint="--set data.source.path=FILE.csv")
+    lines = list(read_rows(path, wanted=("path", "label"), hint="let the first line be: path,label"))
+    if not lines:
+        raise DataError(f"{path}: no rows after the first line")
     rows: list[Row] = []
     seen: dict[Path, int] = {}
     for number, fields in lines:
@@ -66,39 +73,6 @@ def open(config: Config, *, split: str) -> FileSamples:
         seen[image] = number
         rows.append(Row(image, _size(image, where=where), label, split=part or None))
     return file_samples(rows, split=split, config=config, base=path.parent, class_names=config.class_names)
-
-
-def _lines(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """Line number and fields of every row."""
-    import csv
-
-    if not path.is_file():
-        raise DataError(f"data.source.path: {str(path)!r} is not a file", hint="--set data.source.path=FILE.csv")
-    try:
-        # utf-8-sig takes the mark that spreadsheets put in front; newline="" leaves quoted newlines alone.
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            columns = reader.fieldnames or []
-            missing = [name for name in ("path", "label") if name not in columns]
-            if missing:
-                raise DataError(
-                    f"{path}: no column {' and '.join(missing)}; its columns are {', '.join(columns) or 'none'}",
-                    hint="let the first line be: path,label",
-                )
-            lines = []
-            for fields in reader:
-                if None in fields or None in fields.values():
-                    raise DataError(
-                        f"{path}, line {reader.line_num}: expected {len(columns)} fields, as in the first line"
-                    )
-                lines.append((reader.line_num, fields))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})", hint="check its permissions") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: not a CSV file in UTF-8 ({error})", hint="save it as CSV, UTF-8") from error
-    if not lines:
-        raise DataError(f"{path}: no rows after the first line")
-    return lines
 
 
 def _size(image: Path, *, where: str) -> int:

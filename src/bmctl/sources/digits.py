@@ -11,6 +11,8 @@ from typing import Literal
 from bmctl.schema import Strict
 from bmctl.sources.samples import ArraySamples, array_samples
 
+INPUT = "image"
+
 
 class Config(Strict):
     kind: Literal["digits"] = "digits"

@@ -18,6 +18,7 @@ from bmctl.sources.samples import FileSamples, Row, file_samples
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SPLITS = ("train", "val", "test")
+INPUT = "image"
 
 
 class Config(Strict):

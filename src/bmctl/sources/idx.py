@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 4 * 1024**3
 _PREFIX = {"train": "train", "val": "train", "test": "t10k"}
+INPUT = "image"
 
 
 class Config(Strict):

@@ -3,38 +3,77 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
+from bmctl.core.columns import Class, Column, Picture
 from bmctl.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL import Image
+
+_HEAD_BYTES = 8192
+
+
+Indices: TypeAlias = "Sequence[int] | np.ndarray"
+"""Integers [n], which samples."""
 
 
 @dataclass(frozen=True)
 class ArraySamples:
-    """Images of one size, in memory.
+    """Columns in memory.
 
     Attributes:
-        images: uint8 [N, H, W] or [N, H, W, 3], read-only.
-        labels: int64 [N].
-        fingerprint: SHA-256 over shape, pixels and labels.
+        columns: By name.
+        arrays: Of each column, [N, ...], read-only; pictures of one size are uint8 [N, H, W] or [N, H, W, 3].
+        fingerprint: SHA-256 over all of them.
     """
 
-    class_names: tuple[str, ...]
-    images: np.ndarray
-    labels: np.ndarray
+    columns: Mapping[str, Column]
+    arrays: Mapping[str, np.ndarray]
     fingerprint: str
+    in_memory: ClassVar[bool] = True
+    sequential: ClassVar[bool] = False
+    opens_files: ClassVar[bool] = False
+    parts: ClassVar[None] = None
+    window: ClassVar[None] = None
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """uint8 [n, H, W] or [n, H, W, 3], in the order of `indices`."""
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+    def read(self, indices: Indices, *, only: Collection[str] | None = None) -> dict[str, np.ndarray]:
+        """Blocks [n, ...], in the order of `indices`."""
         import numpy as np
 
-        return self.images[np.asarray(indices, dtype=np.int64)]
+        rows = np.asarray(indices, dtype=np.int64)
+        return {name: array[rows] for name, array in self.arrays.items() if only is None or name in only}
+
+    def read_each(self, batches: Sequence[Indices]) -> Iterator[dict[str, np.ndarray]]:
+        return map(self.read, batches)
+
+    def name(self, index: int) -> str:
+        return f"sample {index}"
+
+    def sketches(self) -> np.ndarray:
+        import numpy as np
+
+        return np.zeros(len(self), np.uint64)
+
+    def identities(self, indices: Indices) -> list[bytes]:
+        """Hashes of what is not a class; of everything where there is nothing else."""
+        import hashlib
+
+        told = [name for name, column in self.columns.items() if not isinstance(column, Class)] or list(self.columns)
+        found = []
+        for index in indices:
+            digest = hashlib.blake2b(digest_size=16)
+            for name in told:
+                value = self.arrays[name][index]
+                digest.update(value.encode() if isinstance(value, str) else value.tobytes())
+            found.append(digest.digest())
+        return found
 
 
 @dataclass(frozen=True)
@@ -42,33 +81,68 @@ class FileSamples:
     """Image files, decoded when they are read.
 
     Attributes:
+        columns: `picture` and `label`.
         paths: One per sample.
         sizes: Bytes of each file.
         labels: int64 [N].
         fingerprint: SHA-256 over relative path, size in bytes and label of every sample: contents would take too long.
     """
 
-    class_names: tuple[str, ...]
+    columns: Mapping[str, Column]
     paths: tuple[Path, ...]
     sizes: tuple[int, ...]
     labels: np.ndarray
     fingerprint: str
+    in_memory: ClassVar[bool] = False
+    sequential: ClassVar[bool] = False
+    opens_files: ClassVar[bool] = True
+    parts: ClassVar[None] = None
+    window: ClassVar[None] = None
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-        """Decoded images, each uint8 [H, W] or [H, W, 3], in the order of `indices`."""
-        import numpy as np
+    def __len__(self) -> int:
+        return len(self.paths)
 
-        return [np.asarray(image) for image in self.pictures(indices)]
-
-    def pictures(self, indices: Sequence[int] | np.ndarray) -> list[Image.Image]:
-        """The same as Pillow holds them, of mode L or RGB: scaling is cheaper on these."""
+    def read(self, indices: Indices, *, only: Collection[str] | None = None) -> dict[str, Sequence[Any]]:
+        """Pictures as Pillow holds them: scaling is cheaper on these than on arrays."""
         from bmctl.core.images import read_file
 
-        return [read_file(self.paths[index]) for index in indices]
+        def pictures() -> list[Any]:
+            return [read_file(self.paths[index]) for index in indices]
+
+        return labelled(pictures, self.labels, indices, only=only)
+
+    def read_each(self, batches: Sequence[Indices]) -> Iterator[dict[str, Sequence[Any]]]:
+        return map(self.read, batches)
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def sketches(self) -> np.ndarray:
+        """Sizes: equal images are equally large."""
+        import numpy as np
+
+        return np.array(self.sizes, np.uint64)
+
+    def identities(self, indices: Indices) -> list[bytes]:
+        return [_contents(self.paths[index]) for index in indices]
+
+
+def labelled(
+    pictures: Callable[[], Sequence[Any]], labels: np.ndarray, indices: Indices, *, only: Collection[str] | None
+) -> dict[str, Sequence[Any]]:
+    """The columns `picture` and `label`; pictures are made only where they are asked for."""
+    import numpy as np
+
+    found: dict[str, Sequence[Any]] = {}
+    if only is None or "picture" in only:
+        found["picture"] = pictures()
+    if only is None or "label" in only:
+        found["label"] = labels[np.asarray(indices, np.int64)]  # type: ignore[assignment]
+    return found
 
 
 def array_samples(images: np.ndarray, labels: np.ndarray, *, class_names: Sequence[str]) -> ArraySamples:
-    """Freeze arrays as samples and take their fingerprint.
+    """Freeze pictures and labels as samples and take their fingerprint.
 
     Args:
         images: uint8 [N, H, W] or [N, H, W, 3].
@@ -86,7 +160,28 @@ def array_samples(images: np.ndarray, labels: np.ndarray, *, class_names: Sequen
     digest.update(labels.astype("<i8").data)
     images.flags.writeable = False
     labels.flags.writeable = False
-    return ArraySamples(tuple(class_names), images, labels, digest.hexdigest())
+    return ArraySamples(pictures_of(class_names), {"picture": images, "label": labels}, digest.hexdigest())
+
+
+def pictures_of(class_names: Sequence[str]) -> dict[str, Column]:
+    """The columns of pictures with a label."""
+    return {"picture": Picture(), "label": Class(tuple(class_names))}
+
+
+def _contents(path: Path) -> bytes:
+    """Hash of a file's size, beginning and end: images that agree in these are the same image."""
+    import hashlib
+
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+            size_bytes = file.seek(0, 2)
+            file.seek(max(len(head), size_bytes - _HEAD_BYTES))
+            digest = hashlib.blake2b(head + file.read(_HEAD_BYTES), digest_size=16)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})", hint="check its permissions") from error
+    digest.update(str(size_bytes).encode())
+    return digest.digest()
 
 
 @dataclass(frozen=True)
@@ -144,7 +239,7 @@ def file_samples(
     for i in chosen:
         digest.update(b"%s\0%d\0%d\n" % (names_of_files[i], rows[i].size_bytes, labels[i]))
     return FileSamples(
-        class_names=names,
+        columns=pictures_of(names),
         paths=tuple(rows[i].path for i in chosen),
         sizes=tuple(rows[i].size_bytes for i in chosen),
         labels=labels[chosen],
@@ -161,6 +256,7 @@ def pick(
     config: Carving,
     class_names: Sequence[str],
     base: Path,
+    what: str = "images",
 ) -> np.ndarray:
     """int64 [n]: which samples are of one split, ascending; one that none names is carved from train by ratio.
 
@@ -172,6 +268,7 @@ def pick(
         config: Ratios and seed for what has to be carved.
         class_names: In the order of the labels.
         base: Where the data is, for messages.
+        what: What the samples are, for messages.
 
     Raises:
         DataError: A class without training samples.
@@ -189,8 +286,8 @@ def pick(
     absent = sorted(set(range(len(class_names))) - set(labels[train].tolist()))
     if absent:
         raise DataError(
-            f"{base}: no training images of the class {class_names[absent[0]]!r}",
-            hint="every class needs at least 3 images, of which one trains, one validates, one tests",
+            f"{base}: no training {what} of the class {class_names[absent[0]]!r}",
+            hint=f"every class needs at least 3 {what}, of which one trains, one validates, one tests",
         )
     return picked
 

@@ -12,20 +12,22 @@ records are held. Other splits are read in order.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Literal
+from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from bmctl.core.columns import Column
 from bmctl.errors import DataError
 from bmctl.schema import Count, Many, Strict
 from bmctl.sources.classes import Label, name_labels
 from bmctl.sources.records import Layout
-from bmctl.sources.samples import pick
+from bmctl.sources.samples import Indices, labelled, pick, pictures_of
 from bmctl.sources.shards import SPLITS, Stamp, find, open_unchanged, stamp
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".csv", ".csv.gz", ".jsonl", ".jsonl.gz")
 MAX_LINE_BYTES = 64 << 20
+INPUT = "image"
 
 
 class Config(Strict):
@@ -68,6 +71,7 @@ class StreamSamples:
     """Records of files that are read from the beginning; any order can be had, at the price of holding records.
 
     Attributes:
+        columns: `picture` and `label`.
         files: In the order of `parts`.
         stamps: Of each, when it was indexed.
         parts: int32 [N], which file.
@@ -78,7 +82,7 @@ class StreamSamples:
         fingerprint: SHA-256 over label and digest of every record, and the window.
     """
 
-    class_names: tuple[str, ...]
+    columns: Mapping[str, Column]
     files: tuple[Path, ...]
     stamps: tuple[Stamp, ...]
     parts: np.ndarray
@@ -88,19 +92,37 @@ class StreamSamples:
     window: int
     fingerprint: str
     layout: Layout
+    in_memory: ClassVar[bool] = False
+    sequential: ClassVar[bool] = True
+    opens_files: ClassVar[bool] = False
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def name(self, index: int) -> str:
         """Where a record stands, for messages."""
         return f"{self.files[self.parts[index]]}, line {self.lines[index] + 1}"
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-        """Decoded images, each uint8 [H, W] or [H, W, 3], in the order of `indices`: one pass through their files."""
+    def read(self, indices: Indices, *, only: Collection[str] | None = None) -> dict[str, Sequence[Any]]:
+        """Pictures as Pillow holds them, of mode L or RGB: one pass through their files."""
+        return labelled(lambda: list(self.pictures(indices)), self.labels, indices, only=only)
+
+    def read_each(self, batches: Sequence[Indices]) -> Iterator[dict[str, Sequence[Any]]]:
+        """As `read` of each, in one pass for all: indices that ascend file by file hold nothing."""
         import numpy as np
 
-        return [np.asarray(image) for image in self.pictures(indices)]
+        pictures = self.pictures(np.concatenate(batches) if len(batches) else [])
+        for indices in batches:
+            yield labelled(lambda few=indices: list(islice(pictures, len(few))), self.labels, indices, only=None)  # type: ignore[misc]
 
-    def pictures(self, indices: Sequence[int] | np.ndarray) -> Iterator[Image.Image]:
-        """The same as Pillow holds them, one by one; what comes before its turn is held undecoded.
+    def sketches(self) -> np.ndarray:
+        return self.digests
+
+    def identities(self, indices: Indices) -> list[bytes]:
+        return [int(self.digests[index]).to_bytes(8) for index in indices]
+
+    def pictures(self, indices: Indices) -> Iterator[Image.Image]:
+        """Decoded one by one; what comes before its turn is held undecoded.
 
         Files are read in the order in which they occur in `indices`, each as far as it is needed.
 
@@ -187,7 +209,7 @@ def open(config: Config, *, split: str) -> StreamSamples:
     fingerprint = hashlib.sha256(repr((class_names, config.window, layout)).encode())
     fingerprint.update(labels[chosen].astype("<i8").tobytes() + digests[chosen].astype("<u8").tobytes())
     return StreamSamples(
-        class_names=class_names,
+        columns=pictures_of(class_names),
         files=tuple(files),
         stamps=tuple(each.stamp for each in indexed),
         parts=np.repeat(np.arange(len(files), dtype=np.int32), counts)[chosen],

@@ -10,19 +10,20 @@ Source: https://github.com/webdataset/webdataset
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from bmctl.core.columns import Column
 from bmctl.errors import DataError
 from bmctl.schema import Count, Many, Strict
 from bmctl.sources.classes import Label, name_labels
-from bmctl.sources.samples import pick
+from bmctl.sources.samples import Indices, labelled, pick, pictures_of
 from bmctl.sources.shards import SPLITS, Stamp, find, open_unchanged, stamp
 from bmctl.sources.tarindex import Member, read_members
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp")
 MAX_LABEL_BYTES = 1 << 20
 _END_BYTES = 4096
+INPUT = "image"
 
 
 class Config(Strict):
@@ -68,6 +70,7 @@ class TarSamples:
     """Images inside tar files, decoded when they are read.
 
     Attributes:
+        columns: `picture` and `label`.
         files: The archives.
         stamps: Of each, when it was indexed.
         parts: int32 [N], which archive.
@@ -81,7 +84,7 @@ class TarSamples:
             take too long.
     """
 
-    class_names: tuple[str, ...]
+    columns: Mapping[str, Column]
     files: tuple[Path, ...]
     stamps: tuple[Stamp, ...]
     parts: np.ndarray
@@ -92,19 +95,31 @@ class TarSamples:
     keys: tuple[str, ...]
     window: int | None
     fingerprint: str
+    in_memory: ClassVar[bool] = False
+    sequential: ClassVar[bool] = False
+    opens_files: ClassVar[bool] = False
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def name(self, index: int) -> str:
         """Where a sample stands, for messages."""
         return f"{self.files[self.parts[index]]}: member {self.keys[index]!r}"
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-        """Decoded images, each uint8 [H, W] or [H, W, 3], in the order of `indices`."""
-        import numpy as np
+    def read(self, indices: Indices, *, only: Collection[str] | None = None) -> dict[str, Sequence[Any]]:
+        """Pictures as Pillow holds them, of mode L or RGB."""
+        return labelled(lambda: self._pictures(indices), self.labels, indices, only=only)
 
-        return [np.asarray(image) for image in self.pictures(indices)]
+    def read_each(self, batches: Sequence[Indices]) -> Iterator[dict[str, Sequence[Any]]]:
+        return map(self.read, batches)
 
-    def pictures(self, indices: Sequence[int] | np.ndarray) -> list[Image.Image]:
-        """The same as Pillow holds them, of mode L or RGB."""
+    def sketches(self) -> np.ndarray:
+        return self.digests
+
+    def identities(self, indices: Indices) -> list[bytes]:
+        return [int(self.digests[index]).to_bytes(8) for index in indices]
+
+    def _pictures(self, indices: Indices) -> list[Image.Image]:
         from bmctl.core.images import read
 
         descriptors: dict[int, int] = {}
@@ -170,7 +185,7 @@ def open(config: Config, *, split: str) -> TarSamples:
     digest.update("\0".join(names).encode())
     digest.update(labels[chosen].astype("<i8").tobytes() + columns["digests"].astype("<u8").tobytes())
     return TarSamples(
-        class_names=class_names,
+        columns=pictures_of(class_names),
         files=tuple(files),
         stamps=tuple(shard.stamp for shard in shards),
         parts=np.repeat(np.arange(len(files), dtype=np.int32), counts)[chosen],

@@ -1,21 +1,32 @@
-"""Image classification: one label per image; cross-entropy, accuracy, and macro F1 beside it."""
+"""Classification: one label per sample, whatever the sample is; cross-entropy, accuracy, and macro F1 beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
-from bmctl.core.evaluation import Evaluation
-from bmctl.schema import Ratio, Strict
+from bmctl.core.columns import Class, Column
+from bmctl.core.evaluation import SHARE, Evaluation, Metric
+from bmctl.core.runner import Runner, feed_of
+from bmctl.errors import DataError, DivergedError
+from bmctl.schema import BATCH, Many, Ratio, Signature, Strict, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import nn
 
-    from bmctl.tasks import Part
-
-METRIC = "accuracy"
+METRICS: Mapping[str, Metric] = {
+    metric.name: metric
+    for metric in (Metric("accuracy", unit=SHARE), Metric("macro_f1", unit=SHARE), Metric("loss", "lower", "nats"))
+}
+TARGET, PREDICTED, LOSS = range(3)
+"""Columns of an evaluation's counts."""
+GIVES = ("logits",)
+LABEL = "label"
+COLUMNS = ("class_name", "class_index", "score")
+TOP = 5
+"""Classes that a prediction names."""
 
 
 class Config(Strict):
@@ -23,54 +34,162 @@ class Config(Strict):
     label_smoothing: Ratio = 0.0
 
 
-def loss(outputs: torch.Tensor, targets: torch.Tensor, *, config: Config) -> torch.Tensor:
+class Facts(Strict):
+    """What the data say that a model of this task has to know.
+
+    Attributes:
+        class_names: In the order of the logits.
+    """
+
+    kind: Literal["classify"] = "classify"
+    class_names: Many[str]
+
+
+# -- data -------------------------------------------------------------------------------------------
+
+
+def needs(config: Config) -> tuple[str, ...]:
+    """Columns that the targets are taken from: the model does not see them."""
+    return (LABEL,)
+
+
+def facts(columns: Mapping[str, Column], config: Config) -> Facts:
+    """The classes.
+
+    Raises:
+        DataError: The source has no labels.
+    """
+    column = columns.get(LABEL)
+    if not isinstance(column, Class):
+        raise DataError(
+            f"data.source: its samples have {', '.join(columns)}, and no label to classify by",
+            hint="take a source with labels, or another task",
+        )
+    return Facts(class_names=column.names)
+
+
+def balance(config: Config) -> str | None:
+    """The column of which `limit` takes the classes in equal numbers."""
+    return LABEL
+
+
+def targets(records: Mapping[str, Sequence[Any]], *, config: Config, facts: Facts) -> dict[str, np.ndarray]:
+    """``label``: int64 [n]."""
+    import numpy as np
+
+    return {LABEL: np.asarray(records[LABEL], np.int64)}
+
+
+def told(facts: Facts) -> dict[str, Any]:
+    """The number of classes, for the model's head."""
+    return {"num_classes": len(facts.class_names)}
+
+
+# -- training ---------------------------------------------------------------------------------------
+
+
+def loss(outputs: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor], *, config: Config) -> torch.Tensor:
     """Mean cross-entropy, in float32 whatever the precision of the forward pass.
 
     Args:
-        outputs: Logits [N, K].
-        targets: int64 [N].
+        outputs: ``logits`` [N, K].
+        batch: ``label`` int64 [N].
         config: Label smoothing.
     """
     from torch.nn import functional
 
-    return functional.cross_entropy(outputs.float(), targets, label_smoothing=config.label_smoothing)
+    logits = outputs["logits"].float()
+    return functional.cross_entropy(logits, batch[LABEL], label_smoothing=config.label_smoothing)
 
 
-def score(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def score(outputs: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """float32 [N]: 1 where the largest logit is the target's, else 0."""
-    return (outputs.argmax(dim=1) == targets).float()
+    return (outputs["logits"].argmax(dim=1) == batch[LABEL]).float()
 
 
-def distill_loss(student: torch.Tensor, teacher: torch.Tensor, *, temperature: float) -> torch.Tensor:
+def distill_loss(
+    student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], *, temperature: float
+) -> torch.Tensor:
     """T^2 KL(teacher || student), both softened by T, mean over samples.
 
     Args:
-        student: Logits [N, K].
-        teacher: Logits [N, K].
+        student: ``logits`` [N, K].
+        teacher: ``logits`` [N, K].
         temperature: T.
 
     Source: Hinton, Vinyals, Dean 2015, https://arxiv.org/abs/1503.02531
     """
     from torch.nn import functional
 
-    log_student = functional.log_softmax(student.float() / temperature, dim=1)
-    log_teacher = functional.log_softmax(teacher.float() / temperature, dim=1)
+    log_student = functional.log_softmax(student["logits"].float() / temperature, dim=1)
+    log_teacher = functional.log_softmax(teacher["logits"].float() / temperature, dim=1)
     return temperature**2 * functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
 
-def parts(model: nn.Module) -> dict[str, nn.Module]:
-    """The graphs to export, by name: a classifier is one."""
+# -- graphs -----------------------------------------------------------------------------------------
+
+
+def signatures(given: Sequence[TensorSpec], facts: Facts) -> dict[str, Signature]:
+    """A classifier is one graph: from what the input gives to a row of scores per sample."""
+    shape = (BATCH, len(facts.class_names))
+    logits = TensorSpec(name="logits", dtype="float32", shape=shape, role="scores", meaning="class scores")
+    return {"model": Signature(inputs=tuple(given), outputs=(logits,))}
+
+
+def modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The model itself."""
     return {"model": model}
 
 
-def evaluate(
-    parts: Mapping[str, Part], batches: Iterable[tuple[np.ndarray, np.ndarray]], *, config: Config
-) -> Evaluation:
-    """Accuracy on one split, with the loss (without label smoothing) and macro F1 in `extra`.
+def predict(
+    runners: Mapping[str, Runner], batch: Mapping[str, np.ndarray], *, config: Config, facts: Facts | None
+) -> Iterator[dict[str, Any]]:
+    """The likeliest classes of each sample: softmax in double precision; equal scores keep the order of the classes.
 
     Args:
-        parts: ``{"model": f}``, f from float32 [n, C, H, W] to logits [n, K].
-        batches: Inputs float32 [n, C, H, W] and labels int64 [n].
+        runners: ``{"model": ...}``, from what the input gives to logits [n, K].
+        batch: The model's fields.
+        facts: Names of the classes; None calls them by their numbers.
+
+    Raises:
+        DivergedError: A logit is nan or infinite.
+    """
+    import numpy as np
+
+    logits = _logits(runners["model"], batch)
+    if not np.isfinite(logits).all():
+        raise DivergedError("the model's outputs hold nan or inf", hint="bmctl evaluate tells which stage broke it")
+    z = logits.astype(np.float64)
+    scores = np.exp(z - z.max(axis=1, keepdims=True))
+    scores /= scores.sum(axis=1, keepdims=True)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :TOP]
+    names = facts.class_names if facts else tuple(str(i) for i in range(logits.shape[1]))
+    for row, best in zip(scores, order, strict=True):
+        ranked = [{"class_name": names[i], "score": round(float(row[i]), 6)} for i in best]
+        yield {
+            "class_name": ranked[0]["class_name"],
+            "class_index": int(best[0]),
+            "score": ranked[0]["score"],
+            "top": ranked,
+        }
+
+
+def words(prediction: Mapping[str, Any]) -> str:
+    """``Trouser 100.0%``."""
+    return f"{prediction['class_name']} {prediction['score']:.1%}"
+
+
+# -- evaluation -------------------------------------------------------------------------------------
+
+
+def evaluate(
+    runners: Mapping[str, Runner], batches: Iterable[Mapping[str, np.ndarray]], *, config: Config
+) -> Evaluation:
+    """Accuracy, macro F1 and the loss (without label smoothing) on one split; the trivial predictor is the majority.
+
+    Args:
+        runners: ``{"model": ...}``, from what the input gives to logits [n, K].
+        batches: The model's fields, and ``label`` int64 [n].
         config: Not used: smoothing is for training.
 
     Raises:
@@ -79,31 +198,45 @@ def evaluate(
     """
     import numpy as np
 
-    from bmctl.errors import DataError
-
-    model = parts["model"]
-    predicted, target, losses = [], [], []
-    for x_nCHW, labels in batches:
-        logits = np.asarray(model(x_nCHW)).astype(np.float32, copy=False)
+    rows = []
+    for batch in batches:
+        labels = batch[LABEL]
+        logits = _logits(runners["model"], batch).astype(np.float32, copy=False)
         _check(logits, labels)
-        predicted.append(logits.argmax(axis=1))
-        target.append(labels)
         shifted = logits - logits.max(axis=1, keepdims=True)
-        losses.append(np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels])
-    if not target:
+        losses = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]
+        rows.append(np.stack([labels, logits.argmax(axis=1), losses], axis=1, dtype=np.float64))
+    if not rows:
         raise DataError("there is nothing to evaluate: the split is empty")
-    predictions, labels = np.concatenate(predicted), np.concatenate(target)
-    scores = (predictions == labels).astype(np.float32)
-    return Evaluation(
-        metric=METRIC,
-        value=float(scores.mean(dtype=np.float64)),
-        scores=scores,
-        baseline=float(np.bincount(labels).max() / len(labels)),
-        extra={
-            "loss": float(np.concatenate(losses).mean(dtype=np.float64)),
-            "macro_f1": macro_f1(predictions, labels),
-        },
-    )
+    counts = np.concatenate(rows)
+    majority = np.bincount(counts[:, TARGET].astype(np.intp)).max() / len(counts)
+    return Evaluation("classify", counts, metrics(counts), baseline=float(majority))
+
+
+def _logits(runner: Runner, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Of the one output, whatever a foreign graph calls it."""
+    outputs = runner.run(feed_of(runner, batch))
+    return outputs[runner.signature.outputs[0].name]
+
+
+def metrics(counts: np.ndarray) -> dict[str, float]:
+    """Every metric of METRICS.
+
+    Args:
+        counts: float64 [N, 3], columns TARGET, PREDICTED and LOSS.
+    """
+    import numpy as np
+
+    target, predicted = (counts[:, column].astype(np.intp) for column in (TARGET, PREDICTED))
+    mean = {name: float(scores.mean()) for name, scores in means(counts).items()}
+    return {"accuracy": mean["accuracy"], "macro_f1": macro_f1(predicted, target), "loss": mean["loss"]}
+
+
+def means(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Per sample, float64 [N]: hits of 0 and 1, and cross-entropy."""
+    import numpy as np
+
+    return {"accuracy": (counts[:, TARGET] == counts[:, PREDICTED]).astype(np.float64), "loss": counts[:, LOSS]}
 
 
 def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -123,8 +256,6 @@ def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 def _check(logits: np.ndarray, labels: np.ndarray) -> None:
     import numpy as np
-
-    from bmctl.errors import DataError, DivergedError
 
     if logits.ndim != 2 or len(logits) != len(labels):
         raise ValueError(f"logits have the shape {logits.shape}, expected ({len(labels)}, classes)")

@@ -13,7 +13,22 @@ from torch import nn
 
 from bmctl.engine.artifacts import graph
 from bmctl.errors import GateError, UnsupportedError
-from bmctl.models.networks import ResCNN
+from bmctl.models.own.networks import ResCNN
+from bmctl.schema import Signature, Span, TensorSpec
+
+
+def signature(*shape: int | str, name: str = "input", outputs: tuple[str, ...] = ("logits",)) -> Signature:
+    """One float32 input; outputs of which only the samples are known."""
+    return Signature(
+        inputs=(TensorSpec(name=name, dtype="float32", shape=("batch", *shape)),),
+        outputs=tuple(TensorSpec(name=each, dtype="float32", shape=("batch", "n")) for each in outputs),
+    )
+
+
+def export(model: nn.Module, example: torch.Tensor, out: Path, **names: str) -> tuple[str, ...]:
+    """A model of one input and one output."""
+    told = signature(*example.shape[1:], name=names.get("input", "input"), outputs=(names.get("output", "logits"),))
+    return graph.export_onnx(model, signature=told, example={told.inputs[0].name: example.numpy()}, out=out)
 
 
 def network() -> nn.Module:
@@ -34,7 +49,7 @@ def example() -> torch.Tensor:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory, example: torch.Tensor) -> Path:
     path = tmp_path_factory.mktemp("graph") / "model.onnx"
-    graph.export_onnx(network(), example=example, out=path)
+    export(network(), example, path)
     return path
 
 
@@ -61,9 +76,9 @@ def test_the_model_is_left_as_it_was_and_twice_gives_the_same_bytes(tmp_path: Pa
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5)).train().double()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    names = {"input_name": "image", "output_name": "scores"}
+    names = {"input": "image", "output": "scores"}
     for file in ("model.onnx", "again.onnx"):
-        graph.export_onnx(model, example=torch.randn(3, 4), out=tmp_path / file, **names)
+        export(model, torch.randn(3, 4), tmp_path / file, **names)
     assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "model.onnx").read_bytes()
     assert model.training and next(model.parameters()).dtype == torch.float64
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -87,9 +102,9 @@ class FixedBatch(nn.Module):
         return x.reshape(2, 4) * 2
 
 
-class Pair(nn.Module):
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return x, -x
+class Word(nn.Module):
+    def forward(self, x: torch.Tensor) -> str:
+        return "cat"
 
 
 @pytest.mark.parametrize(
@@ -98,14 +113,14 @@ class Pair(nn.Module):
         (Branching(), r"Branching decides by the values of its input at test_graph\.py:\d+ in forward"),
         (Eigen(), r"operator aten\.linalg_eig"),
         (FixedBatch(), r"FixedBatch does not run on a batch of 1"),
-        (Pair(), r"Pair returns tuple"),
+        (Word(), r"Word: the model gives a str, expected logits"),
     ],
 )
 def test_what_has_no_graph_is_refused(
     model: nn.Module, pattern: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UnsupportedError, match=pattern) as caught:
-        graph.export_onnx(model, example=torch.randn(2, 4), out=tmp_path / "model.onnx")
+        export(model, torch.randn(2, 4), tmp_path / "model.onnx")
     assert caught.value.exit_code == 11 and caught.value.hint and "\n" not in caught.value.message
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr() == ("", "")
@@ -118,7 +133,7 @@ class Noisy(nn.Module):
 
 def test_a_graph_that_differs_is_kept_as_rejected(tmp_path: Path) -> None:
     with pytest.raises(GateError, match="differs from the model") as caught:
-        graph.export_onnx(Noisy(), example=torch.randn(2, 4), out=tmp_path / "model.onnx")
+        export(Noisy(), torch.randn(2, 4), tmp_path / "model.onnx")
     assert caught.value.exit_code == 8
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx.rejected"]
     assert str(tmp_path / "model.onnx.rejected") in caught.value.message
@@ -127,34 +142,84 @@ def test_a_graph_that_differs_is_kept_as_rejected(tmp_path: Path) -> None:
 def test_a_batch_baked_into_the_graph_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the exporter would write for a batch that it believes to be 2."""
 
-    def convert(model: nn.Module, example: torch.Tensor, *, input_name: str, output_name: str) -> onnx.ModelProto:
-        program = torch.onnx.export(
-            model, (example,), input_names=[input_name], output_names=[output_name], verbose=False
-        )
+    def convert(model: nn.Module, signature: Signature, example: dict[str, np.ndarray]) -> onnx.ModelProto:
+        fields = tuple(map(torch.from_numpy, example.values()))
+        program = torch.onnx.export(model, fields, input_names=["input"], output_names=["logits"], verbose=False)
         assert program is not None
         return program.model_proto
 
     monkeypatch.setattr(graph, "_convert", convert)
     with pytest.raises(GateError, match=r"kept as .*model\.onnx\.rejected"):
-        graph.export_onnx(nn.Linear(4, 3).eval(), example=torch.randn(2, 4), out=tmp_path / "model.onnx")
+        export(nn.Linear(4, 3).eval(), torch.randn(2, 4), tmp_path / "model.onnx")
 
 
 def test_an_old_file_survives_a_refusal(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"old")
     with pytest.raises(GateError):
-        graph.export_onnx(Noisy(), example=torch.randn(2, 4), out=tmp_path / "model.onnx")
+        export(Noisy(), torch.randn(2, 4), tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx").read_bytes() == b"old"
 
 
 def test_two_gigabytes_are_the_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(graph, "MAX_BYTES", 1000)
     with pytest.raises(UnsupportedError, match="GiB of weights"):
-        graph.export_onnx(network(), example=torch.randn(2, 1, 28, 28), out=tmp_path / "model.onnx")
+        export(network(), torch.randn(2, 1, 28, 28), tmp_path / "model.onnx")
 
 
-def test_one_sample_is_no_example(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="2 or more"):
-        graph.export_onnx(network(), example=torch.randn(1, 1, 28, 28), out=tmp_path / "model.onnx")
+def test_one_sample_is_enough(tmp_path: Path) -> None:
+    export(network(), torch.randn(1, 1, 28, 28), tmp_path / "model.onnx")
+    shape = onnx.load(tmp_path / "model.onnx").graph.input[0].type.tensor_type.shape
+    assert [dim.dim_param or dim.dim_value for dim in shape.dim] == ["batch", 1, 28, 28]
+
+
+class Texts(nn.Module):
+    """Ids and a mask in, scores and states out; takes at most 24 tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.places, self.head = nn.Embedding(50, 8), nn.Embedding(24, 8), nn.Linear(8, 3)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        states = self.words(ids) + self.places(torch.arange(ids.shape[1]))
+        weights = mask.to(states.dtype)[..., None]
+        return self.head((states * weights).sum(1) / weights.sum(1)), states
+
+
+TEXTS = Signature(
+    inputs=(
+        TensorSpec(name="ids", dtype="int64", shape=("batch", "tokens")),
+        TensorSpec(name="mask", dtype="int64", shape=("batch", "tokens")),
+    ),
+    outputs=(
+        TensorSpec(name="logits", dtype="float32", shape=("batch", 3), role="scores"),
+        TensorSpec(name="states", dtype="float32", shape=("batch", "tokens", 8)),
+    ),
+)
+
+
+def test_several_inputs_outputs_and_free_axes(tmp_path: Path) -> None:
+    """Sizes that were neither traced nor tried; the model's own limit says which may be tried."""
+    model, ids = Texts().eval(), np.arange(12).reshape(2, 6)
+    example = {"ids": ids, "mask": np.ones_like(ids)}
+    axes = {"tokens": Span(min=1, opt=6, max=24)}
+    graph.export_onnx(model, signature=TEXTS, example=example, out=tmp_path / "model.onnx", axes=axes)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    shapes = {each.name: each.shape for each in session.get_inputs()}
+    assert shapes == {"ids": ["batch", "tokens"], "mask": ["batch", "tokens"]}
+    feed = {"ids": np.arange(21).reshape(3, 7), "mask": np.tri(3, 7, 2, dtype=np.int64)}
+    with torch.inference_mode():
+        want = model(*map(torch.from_numpy, feed.values()))
+    for got, each in zip(session.run(["logits", "states"], feed), want, strict=True):
+        np.testing.assert_allclose(got, each.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_size_that_the_model_does_not_take_is_named(tmp_path: Path) -> None:
+    ids = np.arange(12).reshape(2, 6)
+    example = {"ids": ids, "mask": np.ones_like(ids)}
+    axes = {"tokens": Span(min=1, opt=6, max=25)}
+    with pytest.raises(UnsupportedError, match=r"Texts does not run on ids \[5, 25\], mask \[5, 25\]"):
+        graph.export_onnx(Texts(), signature=TEXTS, example=example, out=tmp_path / "model.onnx", axes=axes)
 
 
 @pytest.mark.slow
@@ -162,9 +227,11 @@ def test_one_sample_is_no_example(tmp_path: Path) -> None:
     "name", ["torchvision:resnet18", "timm:vit_tiny_patch16_224", "torchvision:mobilenet_v3_small"]
 )
 def test_published_models_export(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from bmctl.models import ModelSpec, build
+    from tests.specs import image_spec
 
-    model = build(ModelSpec(name=name, num_classes=10, channels=3, size=(224, 224)))
-    graph.export_onnx(model, example=torch.randn(2, 3, 224, 224), out=tmp_path / "model.onnx")
+    from bmctl.models import build
+
+    model = build(image_spec(name, channels=3, size=(224, 224)))
+    export(model, torch.randn(2, 3, 224, 224), tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx").stat().st_size > 10**6
     assert capfd.readouterr() == ("", "")

@@ -9,7 +9,7 @@ import pytest
 from tests.graphs import handmade
 
 from bmctl.core.onnxgraph import read_signature
-from bmctl.engine.artifacts.reference import open_reference
+from bmctl.engine.artifacts.graphrunner import open_reference
 from bmctl.engine.artifacts.samples import batch_of, foreign_feeds, of_batch, read_sample
 from bmctl.errors import DataError, UnsupportedError
 from bmctl.schema import Signature, Span, TensorSpec

@@ -19,17 +19,16 @@ from bmctl.engine.checkpoints.saver import Saver
 from bmctl.engine.intake.importing import import_stage
 from bmctl.engine.parallel import Group
 from bmctl.errors import PackageError, UsageError
+from bmctl.inputs.image import Spec
 from bmctl.methods import METHODS, MethodContext
-from bmctl.models import ModelSpec
 from bmctl.recipe import Recipe, recipe_yaml
-from bmctl.schema import Preprocess
 from bmctl.session import Options
 
 NAMES = tuple(f"kind {number}" for number in range(10))
 RECIPE = {"name": "small", "model": {"name": "bmctl:rescnn"}, **WITH_DATA}
 ABOUT = About(
-    model=ModelSpec(name="bmctl:rescnn", num_classes=10, channels=1, size=(28, 28)),
-    preprocess=Preprocess(size=(28, 28), channels=1, mean=(0.5,), std=(0.5,)),
+    model=image_spec("bmctl:rescnn"),
+    preprocess=Spec(size=(28, 28), channels=1, mean=(0.5,), std=(0.5,)),
     class_names=NAMES,
     task={"kind": "classify"},
     data_fingerprint="d",
@@ -151,7 +150,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             {**ABOUT.to_json(), "model": {**ABOUT.model.model_dump(mode="json"), "name": "os:system"}},
             "about.model|built",
         ),
-        ({**ABOUT.to_json(), "model": {**ABOUT.model.model_dump(mode="json"), "num_classes": 11}}, "does not fit"),
+        (
+            {**ABOUT.to_json(), "model": {**ABOUT.model.model_dump(mode="json"), "told": {"num_classes": 11}}},
+            "does not fit",
+        ),
         ({**ABOUT.to_json(), "history": [{"step": {"method": "none"}, "meta": {}}]}, "cannot be built"),
         ({**ABOUT.to_json(), "history": [{"step": {"method": "ptq"}, "meta": {}}]}, "cannot be built"),
         ({**ABOUT.to_json(), "recipe": {"name": 1}}, "recipe"),

@@ -32,6 +32,7 @@ from bmctl.errors import (
 from bmctl.package import ModelPackage
 from bmctl.processes.signals import Stop
 from bmctl.recipe import LaunchConfig, Recipe
+from bmctl.tasks import TASKS
 
 RECOVER = {"fit": {"epochs": 1, "batch_size": 16, "max_steps": 3, "precision": "fp32"}}
 STRUCTURED = {"method": "structured", "ratio": 0.5}
@@ -120,7 +121,7 @@ def test_a_whole_chain(make, events) -> None:
         assert metrics["size_bytes"] == data.stat().st_size
     assert found[2].manifest.calibration["used"] == 8
     assert [event["stage"] for event in kinds(events, "stage_done")] == ["01-structured", "02-sparse", "03-ptq"]
-    filed = {scored.key.artifact for _, scored in read_all(context.run)}
+    filed = {scored.key.artifact for _, scored in read_all(context.run, tasks=TASKS)}
     assert {one.hash for one in found} <= filed
     assert not any((context.run / "work").iterdir())
     assert masks.masked_layers(package.load_model(found[1]))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from torch import nn
 from bmctl.engine.computing import compiling
 from bmctl.engine.computing.compiling import compiled
 from bmctl.engine.computing.precision import Precision
-from bmctl.models.networks import MLP, ResCNN
+from bmctl.models.own.networks import MLP, ResCNN
 
 FP32 = Precision("fp32", "")
 
@@ -23,6 +25,10 @@ FP32 = Precision("fp32", "")
 def small() -> nn.Module:
     torch.manual_seed(0)
     return ResCNN(num_classes=3, channels=1, width=2).train()
+
+
+def tried(model: nn.Module, x: torch.Tensor, *, note: Callable[[str], None], precision: Precision = FP32) -> Any:
+    return compiled(model, example={"x": x}, takes=["x"], gives=["y"], precision=precision, note=note)
 
 
 def gradients(forward, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -60,7 +66,7 @@ def test_nothing_but_the_code_is_changed(backend) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     example = torch.randn(4, 1, 8, 8)
     luck = torch.get_rng_state()
-    forward = compiled(model, example=example, precision=FP32, note=notes.append)
+    forward = tried(model, example, note=notes.append)
     assert calls and not notes
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(each.grad is None for each in model.parameters())
@@ -71,7 +77,9 @@ def test_nothing_but_the_code_is_changed(backend) -> None:
 def test_other_batch_sizes_are_compiled_once(backend) -> None:
     calls = backend(plain)
     model = small()
-    forward = compiled(model, example=torch.randn(4, 1, 8, 8), precision=FP32, note=pytest.fail)
+    forward = compiled(
+        model, example={"x": torch.randn(4, 1, 8, 8)}, takes=["x"], gives=["y"], precision=FP32, note=pytest.fail
+    )
     first = len(calls)
     for size in (5, 6, 7, 9, 11, 13):
         forward(torch.randn(size, 1, 8, 8)).sum().backward()
@@ -81,7 +89,9 @@ def test_other_batch_sizes_are_compiled_once(backend) -> None:
 def test_evaluation_is_not_compiled(backend) -> None:
     calls = backend(plain)
     model = small()
-    forward = compiled(model, example=torch.randn(4, 1, 8, 8), precision=FP32, note=pytest.fail)
+    forward = compiled(
+        model, example={"x": torch.randn(4, 1, 8, 8)}, takes=["x"], gives=["y"], precision=FP32, note=pytest.fail
+    )
     first = len(calls)
     with torch.no_grad():
         forward(torch.randn(4, 1, 8, 8))
@@ -94,7 +104,7 @@ def test_a_failure_is_said_in_one_line_and_the_model_runs(backend) -> None:
     backend(broken)
     model, notes = small(), []
     x = torch.randn(4, 1, 8, 8)
-    forward = compiled(model, example=x, precision=FP32, note=notes.append)
+    forward = tried(model, x, note=notes.append)
     assert notes == ["compile: the model runs as it is: NotImplementedError: no kernel for this"]
     assert all(map(torch.equal, gradients(forward, model, x), gradients(model, model, x)))
 
@@ -113,7 +123,7 @@ def test_a_failure_of_the_backward_pass_is_found_before_the_first_step(backend) 
     backend(lambda graph, inputs: lambda *given: tuple(map(Irreversible.apply, graph.forward(*given))))
     model, notes = small(), []
     x = torch.randn(4, 1, 8, 8)
-    forward = compiled(model, example=x, precision=FP32, note=notes.append)
+    forward = tried(model, x, note=notes.append)
     assert notes == ["compile: the model runs as it is: NotImplementedError: no gradient for this"]
     assert all(map(torch.equal, gradients(forward, model, x), gradients(model, model, x)))
 
@@ -122,7 +132,9 @@ def test_a_later_failure_too(backend) -> None:
     works = [True]
     backend(lambda graph, inputs: plain(graph, inputs) if works[0] else broken(graph, inputs))
     model, notes = small(), []
-    forward = compiled(model, example=torch.randn(4, 1, 8, 8), precision=FP32, note=notes.append)
+    forward = compiled(
+        model, example={"x": torch.randn(4, 1, 8, 8)}, takes=["x"], gives=["y"], precision=FP32, note=notes.append
+    )
     works[0] = False
     assert not notes
     assert forward(torch.randn(5, 1, 8, 8)).shape == (5, 3)
@@ -134,7 +146,7 @@ def test_a_later_failure_too(backend) -> None:
 def test_steps_in_bf16_are_what_is_tried(backend) -> None:
     calls = backend(plain)
     precision, x = Precision("bf16", ""), torch.randn(4, 1, 8, 8)
-    forward = compiled(small(), example=x, precision=precision, note=pytest.fail)
+    forward = tried(small(), x, note=pytest.fail, precision=precision)
     first = len(calls)
     with precision.autocast(x.device):
         forward(x).sum().backward()
@@ -145,7 +157,9 @@ def test_sharded_models_stay_as_they_are(monkeypatch) -> None:
     monkeypatch.setattr(compiling, "FSDPModule", MLP)
     notes: list[str] = []
     model = MLP(num_inputs=4, num_classes=2).train()
-    forward = compiled(model, example=torch.randn(2, 4), precision=FP32, note=notes.append)
+    forward = compiled(
+        model, example={"x": torch.randn(2, 4)}, takes=["x"], gives=["y"], precision=FP32, note=notes.append
+    )
     assert notes == ["compile: the model runs as it is: its parts are gathered by hooks, which are not compiled"]
     assert forward(torch.randn(2, 4)).shape == (2, 2)
 
@@ -154,12 +168,13 @@ def test_sharded_models_stay_as_they_are(monkeypatch) -> None:
 SCRIPT = """
 import torch
 from bmctl.engine.computing.compiling import compiled
-from bmctl.models.networks import MLP
+from bmctl.models.own.networks import MLP
 from bmctl.engine.computing.precision import Precision
 torch.manual_seed(0)
 model = MLP(num_inputs=16, num_classes=3, hidden=(8,)).train()
 x = torch.randn(4, 1, 4, 4)
-forward = compiled(model, example=x, precision=Precision("fp32", ""), note=print)
+example, precision = {"x": x}, Precision("fp32", "")
+forward = compiled(model, example=example, takes=["x"], gives=["y"], precision=precision, note=print)
 ways = [torch.autograd.grad(way(x).square().sum(), list(model.parameters())) for way in (forward, model)]
 print("fast" if forward.fast is not None else "eager", all(map(torch.allclose, *ways)))
 """

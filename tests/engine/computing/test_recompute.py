@@ -12,7 +12,7 @@ from torch import nn
 from bmctl.engine.computing.recompute import keep_activations, recompute_blocks
 from bmctl.engine.modules.blocks import find_blocks
 from bmctl.errors import UnsupportedError
-from bmctl.models.networks import MLP, ResCNN
+from bmctl.models.own.networks import MLP, ResCNN
 
 
 class Spectral(nn.Module):

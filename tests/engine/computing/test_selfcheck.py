@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bmctl.engine.batch import Batch
 from bmctl.engine.computing import selfcheck
 from bmctl.engine.computing.precision import Precision
 from bmctl.engine.computing.recompute import recompute_blocks
 from bmctl.engine.computing.selfcheck import check
 from bmctl.engine.parallel import Group
-from bmctl.models.networks import MLP, ResCNN
+from bmctl.models.own.networks import MLP, ResCNN
 
 CPU = torch.device("cpu")
 ALONE = Group(rank=0, local_rank=0, world=1, device=CPU, threads=1)
@@ -46,19 +48,24 @@ class Scaled(nn.Module):
         return self.head(self.body(self.factor * x.flatten(1))) / self.factor
 
 
-def batches(size: int = 8, num: int = 2, num_samples: int = 16) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batches(size: int = 8, num: int = 2, num_samples: int = 16) -> list[Batch]:
     numbers = torch.Generator().manual_seed(5)
     return [
-        (
-            torch.randn(num_samples, 3, size, size, generator=numbers),
-            torch.randint(10, (num_samples,), generator=numbers),
-        )
+        {
+            "x": torch.randn(num_samples, 3, size, size, generator=numbers),
+            "label": torch.randint(10, (num_samples,), generator=numbers),
+        }
         for _ in range(num)
     ]
 
 
-def checked(model: nn.Module, precision: Precision = BF16, *, size: int = 8) -> tuple[Precision, str | None]:
-    return check(precision, model=model.train(), loss=F.cross_entropy, batches=batches(size), device=CPU, group=ALONE)
+def cross_entropy(outputs: Batch, batch: Batch) -> torch.Tensor:
+    return F.cross_entropy(outputs["logits"], batch["label"])
+
+
+def checked(model: nn.Module, precision: Precision = BF16, *, size: int = 8, **given: Any) -> Any:
+    options = {"loss": cross_entropy, "batches": batches(size), "group": ALONE, **given}
+    return check(precision, model=model.train(), takes=["x"], gives=["logits"], **options)
 
 
 def mlp() -> nn.Module:
@@ -116,16 +123,12 @@ def test_features_that_bf16_cannot_tell_apart() -> None:
 def test_a_loss_that_is_off_is_enough(factor: float, holds: bool) -> None:
     """Gradients of another length have the same direction."""
     torch.manual_seed(0)
-    found, note = check(
-        BF16,
-        model=mlp().train(),
-        loss=lambda outputs, y: (
-            F.cross_entropy(outputs.float(), y) * (factor if outputs.dtype == torch.bfloat16 else 1)
-        ),
-        batches=batches(),
-        device=CPU,
-        group=ALONE,
-    )
+
+    def off(outputs: Batch, batch: Batch) -> torch.Tensor:
+        logits = outputs["logits"]
+        return F.cross_entropy(logits.float(), batch["label"]) * (factor if logits.dtype == torch.bfloat16 else 1)
+
+    found, note = checked(mlp(), loss=off)
     assert (found is BF16) == holds
     assert note is not None and "the loss is off by" in note and ("training in fp32" in note) != holds
 
@@ -141,39 +144,24 @@ def test_numbers_beyond_fp16() -> None:
 def test_gradients_too_small_for_fp16_unless_scaled() -> None:
     """A loss of a millionth per sample has gradients below fp16's smallest number; the scaler lifts them."""
     torch.manual_seed(0)
-    model = mlp().train()
-    found, _ = check(
-        FP16,
-        model=model,
-        loss=lambda outputs, y: 1 + 1e-6 * F.cross_entropy(outputs, y),
-        batches=batches(),
-        device=CPU,
-        group=ALONE,
-    )
+    found, _ = checked(mlp(), FP16, loss=lambda outputs, batch: 1 + 1e-6 * cross_entropy(outputs, batch))
     assert found is FP16
 
 
 def test_a_loss_that_is_not_finite_anyway_is_no_reason() -> None:
-    found, _ = check(
-        BF16,
-        model=mlp().train(),
-        loss=lambda outputs, y: outputs.sum() * float("nan"),
-        batches=batches(),
-        device=CPU,
-        group=ALONE,
-    )
+    found, _ = checked(mlp(), loss=lambda outputs, batch: outputs["logits"].sum() * float("nan"))
     assert found is BF16
 
 
 def test_fp32_is_not_compared_with_itself() -> None:
     fp32 = Precision("fp32", "asked")
     never = iter(lambda: pytest.fail("no batch is needed"), None)
-    assert check(fp32, model=mlp(), loss=F.cross_entropy, batches=never, device=CPU, group=ALONE) == (fp32, None)
+    assert checked(mlp(), fp32, batches=never) == (fp32, None)
 
 
 def test_only_two_batches_are_taken() -> None:
     supply = iter(batches(num=5))
-    check(BF16, model=mlp().train(), loss=F.cross_entropy, batches=supply, device=CPU, group=ALONE)
+    checked(mlp(), batches=supply)
     assert len(list(supply)) == 3
 
 
@@ -208,10 +196,10 @@ def test_nothing_is_changed(recompute) -> None:
 
 
 def test_without_room_nothing_is_decided(monkeypatch) -> None:
-    def no_room(*args):
+    def no_room(*args, **given):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(selfcheck, "_run", no_room)
+    monkeypatch.setattr(selfcheck, "trial", no_room)
     found, note = checked(mlp())
     assert found is BF16
     assert note is not None and "was not compared" in note
@@ -220,20 +208,14 @@ def test_without_room_nothing_is_decided(monkeypatch) -> None:
 RANK = """
 import sys, torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from bmctl.engine.parallel import Group
-from bmctl.engine.computing.precision import Precision
-from bmctl.engine.computing.selfcheck import check
-from tests.engine.computing.test_selfcheck import Offset, batches
+from tests.engine.computing.test_selfcheck import Offset, checked
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 group = Group(rank=rank, local_rank=rank, world=2, device=torch.device("cpu"), threads=1)
 torch.manual_seed(0)
-model = Offset([1.0, 1e4][rank]).train()
-found, note = check(
-    Precision("bf16", ""), model=model, loss=F.cross_entropy, batches=batches(), device=group.device, group=group
-)
+found, note = checked(Offset([1.0, 1e4][rank]), group=group)
 print(found.name, note, flush=True)
 dist.destroy_process_group()
 """

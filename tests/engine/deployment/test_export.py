@@ -17,6 +17,7 @@ import torch
 from safetensors.numpy import load_file
 from tests.methods.graphs import make_context as make_method_context
 from tests.methods.graphs import samples, save_residual
+from tests.specs import image_spec
 
 from bmctl import store
 from bmctl.backends import BACKENDS, onnxruntime, openvino, tensorrt, tensorrt_rtx
@@ -35,12 +36,13 @@ from bmctl.errors import (
     UnsupportedError,
     UsageError,
 )
+from bmctl.inputs.image import Spec
 from bmctl.methods import ptq
-from bmctl.models import ModelSpec, build
+from bmctl.models import build
 from bmctl.package import Manifest, ModelPackage, load_model, save_package
 from bmctl.processes.signals import Stop
 from bmctl.recipe import Recipe, recipe_yaml
-from bmctl.schema import Preprocess, TensorSpec
+from bmctl.schema import TensorSpec
 
 Events = list[Mapping[str, object]]
 ORT, OV, RTX = onnxruntime.Config(), openvino.Config(), tensorrt_rtx.Config(capabilities=("sm89",))
@@ -64,14 +66,14 @@ def make_context(run: Path, events: Events, **changes: Any) -> StageContext:
 
 def save_module(run: Path) -> ModelPackage:
     torch.manual_seed(0)
-    spec = ModelSpec(name="bmctl:mlp", num_classes=10, channels=1, size=(28, 28))
+    spec = image_spec("bmctl:mlp")
     manifest = Manifest(
         stage="train",
         key="0" * 64,
         model=spec,
         inputs=(TensorSpec(name="image", shape=(None, 1, 28, 28), dtype="float32", meaning="normalised image"),),
         outputs=(TensorSpec(name="logits", shape=(None, 10), dtype="float32"),),
-        preprocess=Preprocess(size=(28, 28), channels=1, mean=(0.286,), std=(0.353,)),
+        preprocess=Spec(size=(28, 28), channels=1, mean=(0.286,), std=(0.353,)),
         class_names=tuple("abcdefghij"),
         task={"kind": "classify"},
     )
@@ -165,14 +167,6 @@ def test_the_command_for_the_target_machine(run: Path, events: Events) -> None:
     (one,) = export.export_package(context, package, backends=[RTX], into=spaced / "deploy")
     words = shlex.split(one.manifest.command_elsewhere)
     assert words == ["bmctl", "export", str(package.path), "--backend", "tensorrt", "-o", str(spaced)]
-
-
-def test_tensorrt_is_chosen_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt, "unavailable", lambda config: "")
-    assert export.choose_tensorrt()[0] == "tensorrt"
-    monkeypatch.setattr(tensorrt, "unavailable", lambda config: "no GPU")
-    name, why = export.choose_tensorrt()
-    assert name == "tensorrt_rtx" and why.startswith("no GPU") and "SM90" in why
 
 
 # -- doing it again ---------------------------------------------------------------------------------

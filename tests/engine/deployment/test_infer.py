@@ -20,14 +20,14 @@ from tests.engine.runs import Seen, make_context, make_recipe
 
 import bmctl
 from bmctl.backends import BACKENDS
-from bmctl.core.images import decode, prepare
+from bmctl.core.images import decode
 from bmctl.engine.artifacts.deployed import SAMPLE, open_deployed
 from bmctl.engine.deployment import choose
 from bmctl.engine.deployment.export import export_package
 from bmctl.engine.deployment.infer import COLUMNS, Prediction, predict, to_csv, to_jsonl
 from bmctl.engine.deployment.requests import MAX_NPZ_BYTES, open_requests
 from bmctl.engine.evaluation.evaluate import eager_part
-from bmctl.engine.loading.data import open_split
+from bmctl.engine.loading.data import Data, open_split
 from bmctl.engine.training.train_stage import train_stage
 from bmctl.errors import (
     BmctlError,
@@ -38,6 +38,8 @@ from bmctl.errors import (
     UnsupportedError,
     UsageError,
 )
+from bmctl.inputs import Resolved
+from bmctl.inputs.image.pixels import prepare
 from bmctl.package import find_package, load_model
 from bmctl.schema import TensorSpec
 
@@ -91,14 +93,14 @@ def test_files_are_prepared_exactly_as_in_training(trained: Path, images: Path) 
     manifest = find_package(trained).manifest
     assert manifest.preprocess is not None
     requests = open_requests(
-        images, inputs=manifest.inputs, preprocess=manifest.preprocess, batch_size=4, emit=lambda event: None
+        images, inputs=manifest.inputs, given=Resolved(manifest.preprocess), batch_size=4, emit=lambda event: None
     )
     batches = list(requests.batches)
     assert requests.num_samples == 10
     assert [len(batch.names) for batch in batches] == [4, 4, 2]
     paths = sorted(images.rglob("*.png"))
     assert [name for batch in batches for name in batch.names] == [str(path) for path in paths]
-    fed = np.concatenate([batch.feed["input"] for batch in batches])
+    fed = np.concatenate([batch.fields["input"] for batch in batches])
     in_memory = prepare(np.stack([decode(path) for path in paths]), manifest.preprocess)
     assert fed.dtype == np.float32
     assert fed.tobytes() == in_memory.tobytes()
@@ -108,17 +110,16 @@ def test_the_training_split_itself_gives_the_same_tensor(trained: Path, tmp_path
     recipe = make_recipe(tmp_path)
     manifest = find_package(trained).manifest
     assert manifest.preprocess is not None
-    split = open_split(recipe, name="val", preprocess=manifest.preprocess)
-    pixels = split.samples.read(split.indices[:5])
+    split = open_split(Data(recipe), name="val", given=Resolved(manifest.preprocess))
+    pixels = split.samples.read(split.indices[:5])["picture"]
     for i, image in enumerate(pixels):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
     (tmp_path / "small.yaml").unlink()
     found = open_requests(
-        tmp_path, inputs=manifest.inputs, preprocess=manifest.preprocess, batch_size=5, emit=lambda event: None
+        tmp_path, inputs=manifest.inputs, given=Resolved(manifest.preprocess), batch_size=5, emit=lambda event: None
     )
     (batch,) = found.batches
-    x, _ = split.arrays(list(range(5)))
-    assert batch.feed["input"].tobytes() == x.tobytes()
+    assert batch.fields["input"].tobytes() == split.arrays(list(range(5))).fields["input"].tobytes()
 
 
 def test_predictions_on_files_are_those_of_the_model_in_memory(trained: Path, images: Path) -> None:

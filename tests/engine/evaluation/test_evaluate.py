@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.specs import image_spec
 from torch import nn
 
 from bmctl.backends import onnxruntime
@@ -26,18 +27,22 @@ from bmctl.engine.evaluation.evaluate import (
     keep_evaluation,
     runner_part,
 )
-from bmctl.engine.loading.data import array_batches, open_split
+from bmctl.engine.loading.arrays import array_batches
+from bmctl.engine.loading.data import open_split
 from bmctl.engine.parallel import Group
 from bmctl.errors import DivergedError, GateError, InterruptedRunError, PackageError, UsageError
-from bmctl.models import ModelSpec, build
+from bmctl.inputs import Resolved
+from bmctl.inputs.image import Spec
+from bmctl.models import build
 from bmctl.package import Manifest, ModelPackage, save_package
 from bmctl.processes.signals import Stop
 from bmctl.recipe import Recipe
-from bmctl.schema import Preprocess, TensorSpec
+from bmctl.schema import TensorSpec
+from bmctl.tasks import TASKS, classify
 
-PREPROCESS = Preprocess(size=(8, 8), channels=1, mean=(0.5,), std=(0.5,))
+PREPROCESS = Spec(size=(8, 8), channels=1, mean=(0.5,), std=(0.5,))
 HASH = "ab" * 32
-SPEC = ModelSpec(name="bmctl:mlp", num_classes=10, channels=1, size=(8, 8))
+SPEC = image_spec("bmctl:mlp", size=(8, 8))
 
 
 def recipe(**data: Any) -> Recipe:
@@ -83,15 +88,19 @@ def evaluate(context: StageContext, part: Any, **changes: Any) -> Evaluation:
     return evaluate_part(context, part, **{"split": "test", "preprocess": PREPROCESS, "artifact": HASH} | changes)
 
 
+def hits(found: Evaluation) -> np.ndarray:
+    return classify.means(found.counts)["accuracy"]
+
+
 def test_it_is_the_share_of_right_answers(context: StageContext, model: nn.Module) -> None:
-    split = open_split(context.recipe, name="test", preprocess=PREPROCESS)
-    x, y = next(array_batches(split, batch_size=len(split)))
+    split = open_split(context.data, name="test", given=Resolved(PREPROCESS))
+    x, y = next(array_batches(split, batch_size=len(split))).values()
     with torch.no_grad():
         right = (model.eval()(torch.from_numpy(x)).argmax(1) == torch.from_numpy(y)).numpy()
     found = evaluate(context, eager_part(model))
-    assert len(found.scores) == 90
+    assert len(found.counts) == 90
     assert found.value == pytest.approx(right.mean())
-    assert np.array_equal(found.scores, right)
+    assert np.array_equal(hits(found), right)
 
 
 def test_a_module_is_evaluated_as_in_inference(context: StageContext, model: nn.Module) -> None:
@@ -108,8 +117,8 @@ def test_the_graph_scores_as_the_module_does(context: StageContext, model: nn.Mo
     eager = evaluate(context, eager_part(model), artifact=None)
     with onnxruntime.open(graph, config=onnxruntime.Config()) as runner:
         built = evaluate(context, runner_part(runner), artifact=None, backend="onnxruntime")
-    assert np.array_equal(eager.scores, built.scores)
-    assert built.extra["loss"] == pytest.approx(eager.extra["loss"], rel=1e-4)
+    assert np.array_equal(hits(eager), hits(built))
+    assert built.values["loss"] == pytest.approx(eager.values["loss"], rel=1e-4)
 
 
 def test_a_short_batch_is_filled_up_and_cut_off() -> None:
@@ -131,8 +140,8 @@ def test_the_data_is_read_once_per_artifact(context: StageContext, model: nn.Mod
     assert part.calls == 3
     second = evaluate(context, part, batch_size=32)
     assert part.calls == 3
-    assert np.array_equal(first.scores, second.scores)
-    assert (first.value, first.baseline, first.extra) == (second.value, second.baseline, second.extra)
+    assert np.array_equal(first.counts, second.counts)
+    assert (first.values, first.baseline) == (second.values, second.baseline)
     assert (context.run / "evaluations" / f"{HASH[:12]}-test.json").is_file()
 
 
@@ -166,10 +175,10 @@ def test_other_limits_are_other_samples(context: StageContext, model: nn.Module)
     part = Counting(eager_part(model))
     evaluate(context, part)
     found = evaluate(dataclasses.replace(context, recipe=recipe(test={"limit": 50})), part)
-    assert len(found.scores) == 50
+    assert len(found.counts) == 50
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "missing scores", "empty"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "missing counts", "empty"])
 def test_a_damaged_file_is_made_again_and_that_is_said(context: StageContext, model: nn.Module, damage: str) -> None:
     part = Counting(eager_part(model))
     evaluate(context, part)
@@ -177,9 +186,9 @@ def test_a_damaged_file_is_made_again_and_that_is_said(context: StageContext, mo
     text = path.read_text()
     content = json.loads(text)
     if damage == "flipped":
-        content["scores"] = "ff" * (len(content["scores"]) // 2)
-    elif damage == "missing scores":
-        content["scores"] = content["scores"][:-2]
+        content["counts"][1] = content["counts"][0]
+    elif damage == "missing counts":
+        del content["counts"][2]
     whole = json.dumps(content)
     path.write_text({"truncated": whole[:-20], "foreign": '{"a": 1}', "empty": ""}.get(damage, whole))
     before = part.calls
@@ -187,7 +196,7 @@ def test_a_damaged_file_is_made_again_and_that_is_said(context: StageContext, mo
     assert part.calls > before
     assert any("not readable" in note for note in context.emit.notes())
     assert path.read_text() == text
-    assert len(again.scores) == 90
+    assert len(again.counts) == 90
 
 
 def test_what_was_evaluated_earlier_can_be_filed(context: StageContext, model: nn.Module) -> None:
@@ -197,14 +206,7 @@ def test_what_was_evaluated_earlier_can_be_filed(context: StageContext, model: n
     keep_evaluation(context, found, **where)
     known = find_evaluation(context, **where)
     assert known is not None
-    assert np.array_equal(known.scores, found.scores)
-
-
-def test_scores_that_are_no_hits_are_kept_to_the_last_bit(context: StageContext) -> None:
-    values = np.random.default_rng(0).random(70, dtype=np.float32)
-    made = Evaluation("bleu", float(values.mean()), values, 0.1, {"loss": 0.25})
-    path = keep_evaluation(context, made, artifact=HASH, backend="eager", split="val", preprocess=PREPROCESS)
-    assert np.array_equal(scores.unpack(scores.read(path)).scores, values)
+    assert np.array_equal(known.counts, found.counts)
 
 
 def broken(x: np.ndarray) -> np.ndarray:
@@ -251,7 +253,7 @@ def test_without_data_there_is_no_metric(model: nn.Module) -> None:
 # -- what lies on disk ------------------------------------------------------------------------------
 
 
-def saved(run: Path, *, graph: Path | None = None, preprocess: Preprocess | None = PREPROCESS) -> ModelPackage:
+def saved(run: Path, *, graph: Path | None = None, preprocess: Spec | None = PREPROCESS) -> ModelPackage:
     torch.manual_seed(1)
     return save_package(
         run / "packages" / ("00-import" if graph else "00-train"),
@@ -267,7 +269,7 @@ def test_a_package_is_evaluated_and_then_read(context: StageContext, monkeypatch
     first = evaluate_artifact(context, package.path, split="val")
     monkeypatch.setattr("bmctl.engine.evaluation.evaluate.load_model", None)  # would be called to evaluate again
     second = evaluate_artifact(context, context.run, split="val")
-    assert np.array_equal(first.scores, second.scores)
+    assert np.array_equal(first.counts, second.counts)
     assert scores.path_of(context.run, artifact=package.hash, split="val").is_file()
 
 
@@ -278,8 +280,9 @@ def test_a_frozen_package_is_evaluated_as_its_graph(context: StageContext, tmp_p
     export_onnx(model, example=torch.zeros(2, 1, 8, 8), out=graph)
     frozen = saved(context.run, graph=graph)
     found = evaluate_artifact(context, frozen.path, split="val")
-    assert np.array_equal(found.scores, evaluate(context, eager_part(model), split="val", artifact=None).scores)
-    kept = scores.read(scores.path_of(context.run, artifact=frozen.hash, split="val"))
+    again = evaluate(context, eager_part(model), split="val", artifact=None)
+    assert np.array_equal(hits(found), hits(again))
+    kept = scores.read(scores.path_of(context.run, artifact=frozen.hash, split="val"), tasks=TASKS)
     assert kept.key.backend == "onnxruntime"
 
 

@@ -50,10 +50,10 @@ def strike() -> None:
 
 
 if KIND == "sampler" and "RANK" in os.environ:
-    from bmctl.engine.training import loop
+    from bmctl.engine.training import feed
 
-    whole = loop.open_loader
-    loop.open_loader = lambda split, **given: whole(split, **{**given, "rank": 0})
+    whole = feed.open_loader
+    feed.open_loader = lambda split, **given: whole(split, **{**given, "rank": 0})
 elif HERE and AT and not AGAIN:
     from bmctl import disk
 
@@ -83,9 +83,9 @@ elif (HERE or KIND == "gate") and not AGAIN:
     Heart.beat = faulty_beat
 
 if SAMPLES and "bmctl" in " ".join(sys.orig_argv):
-    from bmctl.engine.loading.data import Split
+    from bmctl.engine.loading.split import Split
 
-    take = Split.pixel_batches
+    take = Split.encoded
 
     def noted(self, plan, *, first, every):
         chosen = plan.steps(self.order(seed=plan.seed, epoch=plan.epoch))[first::every]
@@ -97,4 +97,4 @@ if SAMPLES and "bmctl" in " ".join(sys.orig_argv):
             first += every
             yield batch
 
-    Split.pixel_batches = noted
+    Split.encoded = noted

@@ -20,16 +20,17 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
+from tests.specs import image_spec
 from torch import nn
 
 from bmctl import models, package
-from bmctl.core import images
+from bmctl.core.images import decode
 from bmctl.engine.context import StageContext
 from bmctl.engine.intake import statedict
 from bmctl.engine.intake.importing import import_stage
 from bmctl.engine.parallel import Group
 from bmctl.errors import BmctlError, DataError, PackageError, RecipeError, ResourceError, UnsupportedError, UsageError
-from bmctl.models import ModelSpec
+from bmctl.inputs.image.pixels import prepare
 from bmctl.processes.signals import Stop
 from bmctl.recipe import Recipe
 
@@ -68,7 +69,7 @@ WITH_DATA = {"data": DATA, "task": {"kind": "classify"}}
 
 def rescnn(num_classes: int = 10) -> nn.Module:
     torch.manual_seed(3)
-    return models.build(ModelSpec(name="bmctl:rescnn", num_classes=num_classes, channels=1, size=(28, 28))).eval()
+    return models.build(image_spec("bmctl:rescnn", num_classes=num_classes)).eval()
 
 
 def message_of(caught: pytest.ExceptionInfo[BmctlError]) -> str:
@@ -87,7 +88,7 @@ def test_real_weights_by_position(shared_data: Path, make_context: Callable[...,
     assert manifest.stage == "import"
     assert found.path == context.run / "packages" / "00-import"
     assert manifest.model is not None
-    assert (manifest.model.num_classes, tuple(manifest.model.size)) == (1000, (224, 224))
+    assert (manifest.model.told, manifest.model.given[0].shape[2:]) == ({"num_classes": 1000}, (224, 224))
     assert manifest.metrics["num_params"] == 4652008
     assert manifest.preprocess is not None
     assert (manifest.preprocess.mean, manifest.preprocess.crop) == ((0.5, 0.5, 0.5), 0.875)
@@ -98,9 +99,9 @@ def test_real_weights_by_position(shared_data: Path, make_context: Callable[...,
     model = package.load_model(package.open_package(found.path))
     animals = shared_data / "vision" / "tuxpaint160" / "animals"
     photos = {"pink_flamingo": "flamingo", "peacock": "peacock", "hen": "hen", "rooster": "cock"}
-    pixels = [images.decode(animals / f"animals_birds_{name}.jpg") for name in photos]
+    pixels = [decode(animals / f"animals_birds_{name}.jpg") for name in photos]
     with torch.inference_mode():
-        logits = model(torch.from_numpy(images.prepare(pixels, manifest.preprocess)))
+        logits = model(torch.from_numpy(prepare(pixels, manifest.preprocess)))
     assert torch.isfinite(logits).all()
     assert [manifest.class_names[int(k)].split(",")[0] for k in logits.argmax(1)] == list(photos.values())
 
@@ -182,7 +183,7 @@ def test_the_same_import_is_not_done_twice(tmp_path: Path, make_context: Callabl
 
 def test_the_classes_are_counted_in_the_file(tmp_path: Path, make_context: Callable[..., StageContext]) -> None:
     torch.manual_seed(0)
-    spec = ModelSpec(name=TINY, num_classes=7, channels=3, size=(64, 64))
+    spec = image_spec(TINY, num_classes=7, channels=3, size=(64, 64))
     torch.save(models.build(spec).state_dict(), tmp_path / "w.pt")
     for match in ("name", "position"):
         found = import_stage(make_context(match), str(tmp_path / "w.pt"), model=TINY, match=match)  # type: ignore[arg-type]
@@ -194,7 +195,7 @@ def test_the_classes_are_counted_in_the_file(tmp_path: Path, make_context: Calla
 def test_the_publisher_s_names_for_its_number_of_classes(
     tmp_path: Path, make_context: Callable[..., StageContext]
 ) -> None:
-    spec = ModelSpec(name=TINY, num_classes=1000, channels=3, size=(224, 224))
+    spec = image_spec(TINY, num_classes=1000, channels=3, size=(224, 224))
     torch.save(models.build(spec).state_dict(), tmp_path / "w.pt")
     found = import_stage(make_context(), str(tmp_path / "w.pt"), model=TINY)
     assert found.manifest.class_names[0] == "tench"
@@ -444,7 +445,7 @@ def test_an_onnx_file_at_another_size_than_the_recipe(
     manifest = import_stage(make_context("a", **WITH_DATA), str(tmp_path / "m.onnx")).manifest
     assert manifest.preprocess is not None
     assert tuple(manifest.preprocess.size) == (32, 32)
-    data = {**DATA, "preprocess": {"size": 28}}
+    data = {**DATA, "input": {"size": 28}}
     with pytest.raises(DataError, match=r"takes \[C, H, W\] = \[1, 32, 32\]; .* makes \[1, 28, 28\]"):
         import_stage(make_context("b", **{**WITH_DATA, "data": data}), str(tmp_path / "m.onnx"))
 
@@ -566,7 +567,7 @@ def test_a_published_timm_model(hub: tuple[str, Path, list[str]], tmp_path: Path
     endpoint, root, asked = hub
     torch.manual_seed(5)
     name = "timm:test_efficientnet.r160_in1k"
-    state = models.build(ModelSpec(name=name, num_classes=1000, channels=3, size=(160, 160))).state_dict()
+    state = models.build(image_spec(name, num_classes=1000, channels=3, size=(160, 160))).state_dict()
     (root / "timm" / "test_efficientnet.r160_in1k").mkdir(parents=True)
     save_file(state, root / "timm" / "test_efficientnet.r160_in1k" / "model.safetensors")
     code = f"attempt({name!r}, {str(tmp_path / 'a')!r})"

@@ -20,7 +20,7 @@ from tests.sources.conftest import write_lines, write_shards
 
 from bmctl.engine.loading import data, loader
 from bmctl.engine.loading.loader import Loader, choose_workers, open_loader
-from bmctl.engine.loading.preprocess import resolve_preprocess
+from bmctl.engine.loading.split import Split
 from bmctl.errors import DataError, ResourceError
 from bmctl.recipe.sections import Recipe
 
@@ -28,11 +28,12 @@ BATCH = 12
 EVERY = {"crop": {}, "flip": True, "shift": 1, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "erase": 0.3}
 
 
-def open_train(source: dict[str, Any], **sections: Any) -> data.Split:
+def open_train(source: dict[str, Any], **sections: Any) -> Split:
     recipe = Recipe.model_validate(
         {"name": "test", "model": {"name": "bmctl:mlp"}, "data": {"source": source, **sections}}
     )
-    return data.open_split(recipe, name="train", preprocess=resolve_preprocess(recipe), augment=True)
+    opened = data.Data(recipe)
+    return data.open_split(opened, name="train", given=data.resolve_input(opened), augment=True)
 
 
 def sources(folder: Path) -> dict[str, dict[str, Any]]:
@@ -56,12 +57,12 @@ def ids(x_nCHW: torch.Tensor) -> list[bytes]:
     return [each.numpy().tobytes() for each in x_nCHW]
 
 
-def seen(split: data.Split, *, world: int = 1, num_workers: int = 0, start_step: int = 0, epoch: int = 1) -> list:
+def seen(split: Split, *, world: int = 1, num_workers: int = 0, start_step: int = 0, epoch: int = 1) -> list:
     """The samples of every step, put together from all ranks."""
     ranks = []
     for rank in range(world):
         with open_loader(split, seed=3, batch_size=BATCH, rank=rank, world=world, num_workers=num_workers) as opened:
-            ranks.append([ids(x) for x, _ in opened.batches(epoch=epoch, start_step=start_step)])
+            ranks.append([ids(batch["input"]) for batch in opened.batches(epoch=epoch, start_step=start_step)])
     return [[each for part in parts for each in part] for parts in zip(*ranks, strict=True)]
 
 
@@ -83,26 +84,26 @@ def test_which_samples_form_a_step_depends_on_seed_and_batch_alone(kind: str, tm
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_augmented_batches_are_the_same_from_any_number_of_processes(kind: str, tmp_path: Path) -> None:
-    split = open_train(sources(tmp_path)[kind], train={"limit": 50}, augment=EVERY)
+    split = open_train(sources(tmp_path)[kind], train={"limit": 50}, input={"augment": EVERY})
     expected = seen(split)
-    assert expected != seen(replace(split, augment=None))
+    assert expected != seen(replace(split, asked=None))
     assert seen(split, num_workers=2) == expected
     assert seen(split, num_workers=1, world=2, start_step=1) == expected[1:]
 
 
 @contextlib.contextmanager
-def opened(split: data.Split, num_workers: int, **options: Any) -> Iterator[Loader]:
+def opened(split: Split, num_workers: int, **options: Any) -> Iterator[Loader]:
     with open_loader(split, seed=3, batch_size=BATCH, num_workers=num_workers, **options) as one:
         yield one
 
 
 def test_processes_stay_from_epoch_to_epoch_and_end_with_the_block(tmp_path: Path) -> None:
-    split = open_train(sources(tmp_path)["tar"], augment=EVERY)
+    split = open_train(sources(tmp_path)["tar"], input={"augment": EVERY})
     expected = [seen(split, epoch=epoch) for epoch in range(3)]
     with opened(split, 2) as one:
         found, pids = [], set()
         for epoch in range(3):
-            found.append([ids(x) for x, _ in one.batches(epoch=epoch)])
+            found.append([ids(batch["input"]) for batch in one.batches(epoch=epoch)])
             pids |= {child.pid for child in multiprocessing.active_children()}
         assert found == expected
         assert len(pids) == 2
@@ -114,29 +115,32 @@ def test_an_epoch_left_half_way_leaves_nothing_behind(kind: str, tmp_path: Path)
     split = open_train(sources(tmp_path)[kind])
     with opened(split, 2) as one:
         next(one.batches(epoch=0))
-        assert [ids(x) for x, _ in one.batches(epoch=1, start_step=3)] == seen(split, start_step=3)
-        assert [ids(x) for x, _ in one.batches(epoch=1)] == seen(split)
+        assert [ids(batch["input"]) for batch in one.batches(epoch=1, start_step=3)] == seen(split, start_step=3)
+        assert [ids(batch["input"]) for batch in one.batches(epoch=1)] == seen(split)
 
 
 def test_layouts_and_what_a_device_normalises_are_equal_bit_for_bit(tmp_path: Path) -> None:
-    split = open_train(sources(tmp_path)["tar"], preprocess={"channels": 3, "size": [7, 5]})
+    split = open_train(sources(tmp_path)["tar"], input={"channels": 3, "size": [7, 5]})
     with opened(split, 0) as one:
         expected = list(one.batches(epoch=0))
-    assert expected[0][0].is_contiguous()
+    labels = [batch["label"].tolist() for batch in expected]
+    assert list(expected[0]) == ["input", "label"]
+    assert expected[0]["input"].is_contiguous()
     for num_workers in (0, 1):
         for raw in (False, True):
             for channels_last in (False, True):
                 with opened(split, num_workers, channels_last=channels_last, device=torch.device("cpu")) as one:
                     one.raw = raw
                     found = list(one.batches(epoch=0))
+                inputs = [batch["input"] for batch in found]
                 layout = torch.channels_last if channels_last else torch.contiguous_format
-                assert all(x.is_contiguous(memory_format=layout) for x, _ in found)
-                assert [ids(x.contiguous()) for x, _ in found] == [ids(x) for x, _ in expected]
-                assert [y.tolist() for _, y in found] == [y.tolist() for _, y in expected]
+                assert all(x.is_contiguous(memory_format=layout) for x in inputs)
+                assert [ids(x.contiguous()) for x in inputs] == [ids(batch["input"]) for batch in expected]
+                assert [batch["label"].tolist() for batch in found] == labels
 
 
 def test_global_random_state_is_left_alone(tmp_path: Path) -> None:
-    split = open_train(sources(tmp_path)["tar"], augment=EVERY)
+    split = open_train(sources(tmp_path)["tar"], input={"augment": EVERY})
     before = torch.get_rng_state()
     for num_workers in (0, 1):
         with opened(split, num_workers) as one:
@@ -151,15 +155,15 @@ def test_global_random_state_is_left_alone(tmp_path: Path) -> None:
 class Dying:
     """A split whose reader ends as it is told, in the loader process and nowhere else."""
 
-    def __init__(self, split: data.Split, end: Any) -> None:
+    def __init__(self, split: Split, end: Any) -> None:
         self.split, self.end, self.parent = split, end, os.getpid()
-        self.preprocess, self.in_memory = split.preprocess, True
+        self.in_memory, self.finished = True, split.finished
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def pixel_batches(self, plan: Any, *, first: int, every: int) -> Iterator[Any]:
-        for step, batch in enumerate(self.split.pixel_batches(plan, first=first, every=every)):
+    def encoded(self, plan: Any, *, first: int, every: int) -> Iterator[Any]:
+        for step, batch in enumerate(self.split.encoded(plan, first=first, every=every)):
             if step == 2 and os.getpid() != self.parent:
                 self.end()
             yield batch
@@ -197,14 +201,16 @@ def test_no_room_for_shared_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> N
 SMALL_SHM = """
 import sys
 from bmctl.engine.loading import data
-from bmctl.engine.loading.preprocess import resolve_preprocess
+from bmctl.engine.loading.loader import open_loader
 from bmctl.errors import ResourceError
 from bmctl.recipe.sections import Recipe
 source = {"kind": "bundled"}
 recipe = Recipe.model_validate({"name": "x", "model": {"name": "bmctl:mlp"}, "data": {"source": source}})
-split = data.open_split(recipe, name="train", preprocess=resolve_preprocess(recipe))
+opened = data.Data(recipe)
+split = data.open_split(opened, name="train", given=data.resolve_input(opened))
 try:
-    list(data.train_batches(split, seed=0, epoch=0, batch_size=4096, num_workers=2))
+    with open_loader(split, seed=0, batch_size=4096, num_workers=2) as loader:
+        list(loader.batches(epoch=0))
 except ResourceError as error:
     print(error.message)
 """
@@ -224,11 +230,11 @@ def test_a_dev_shm_that_is_really_too_small(tmp_path: Path) -> None:
 KILLED = """
 import os, sys, time, multiprocessing
 from bmctl.engine.loading import data
-from bmctl.engine.loading.preprocess import resolve_preprocess
 from bmctl.engine.loading.loader import open_loader
 from bmctl.recipe.sections import Recipe
 recipe = Recipe.model_validate({"name": "x", "model": {"name": "bmctl:mlp"}, "data": {"source": {"kind": "digits"}}})
-split = data.open_split(recipe, name="train", preprocess=resolve_preprocess(recipe))
+opened = data.Data(recipe)
+split = data.open_split(opened, name="train", given=data.resolve_input(opened))
 with open_loader(split, seed=0, batch_size=32, num_workers=2) as loader:
     next(loader.batches(epoch=0))
     print(*[child.pid for child in multiprocessing.active_children()], flush=True)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bmctl.engine.modules.blocks import find_blocks
-from bmctl.models.networks import MLP, Logits, ResCNN
+from bmctl.models.own.networks import MLP, Logits, ResCNN
 
 
 def kinds(blocks: dict[str, nn.Module]) -> dict[str, int]:

@@ -16,19 +16,22 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from bmctl.engine.batch import call, rows
 from bmctl.engine.computing.precision import Precision
 from bmctl.engine.computing.recompute import recompute_blocks
 from bmctl.engine.loading.order import share_of
 from bmctl.engine.parallel import Group
-from bmctl.engine.sharding.shared import Shared, share
+from bmctl.engine.sharding.shared import SharedModel, share
 from bmctl.engine.training.ema import Average
 from bmctl.engine.training.optim import build_optimizer
 from bmctl.errors import RecipeError
 from bmctl.fit import SGD, Adafactor, Adam, AdamW, Muon, RMSprop
 from bmctl.recipe import LaunchConfig
+from bmctl.schema import BATCH, TensorSpec
 
 ALONE = Group(rank=0, local_rank=0, world=1, device=torch.device("cpu"), threads=1)
 STEPS = 5
+IMAGE = [TensorSpec(name="x", dtype="float32", shape=(BATCH, 3, 8, 8))]
 CURVE = {"fp32": 1e-5, "bf16": 2e-2}
 """Largest difference of a loss or a gradient to those of one process, relative to the loss or the gradient's norm.
 
@@ -53,9 +56,10 @@ def make(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
     return build()
 
 
-def shared(model: nn.Module, group: Group, strategy: str = "ddp", precision: str = "fp32", **given: Any) -> Shared:
+def shared(model: nn.Module, group: Group, strategy: str = "ddp", precision: str = "fp32", **given: Any) -> SharedModel:
     launch = LaunchConfig(strategy=strategy)  # type: ignore[arg-type]
-    return share(model, group=group, launch=launch, precision=Precision(precision, ""), **given)  # type: ignore[arg-type]
+    chosen = Precision(precision, "")  # type: ignore[arg-type]
+    return share(model, group=group, launch=launch, precision=chosen, **{"given": IMAGE, "gives": ["logits"], **given})
 
 
 def batch(step: int, num: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,7 +68,7 @@ def batch(step: int, num: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def gradients(
-    one: Shared, group: Group, step: int, *, parts: int = 1, precision: str = "fp32", poison: bool = False
+    one: SharedModel, group: Group, step: int, *, parts: int = 1, precision: str = "fp32", poison: bool = False
 ) -> float:
     """Forward and backward as the loop does it; returns this process's loss."""
     x, y = batch(step)
@@ -86,7 +90,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def train(one: Shared, group: Group, *, optimizer: Any, clip: float | None = None, **given: Any) -> dict[str, Any]:
+def train(one: SharedModel, group: Group, *, optimizer: Any, clip: float | None = None, **given: Any) -> dict[str, Any]:
     """A few steps: the losses, the norms, and the gradients of the last step."""
     optimizers = build_optimizer(one.model, optimizer)
     losses, norms = [], []
@@ -243,11 +247,68 @@ def test_parameters_that_get_no_gradient(traced: bool) -> None:
             return self.used(x if traced or float(x.sum()) else -x)
 
     def work(group: Group) -> dict[str, Any]:
-        return train(shared(make(Partly), group, sample_shape=(3, 8, 8)), group, optimizer=AdamW(), parts=2)
+        one = shared(make(Partly), group)
+        if group.world > 1:
+            assert one.forward.find_unused_parameters
+            assert ("looked for in every step: the model cannot be traced" in one.reason) != traced
+        return train(one, group, optimizer=AdamW(), parts=2)
 
     first, second = (each.value for each in on_ranks(2, work))
     (alone,) = (each.value for each in on_ranks(1, work))
     assert mean([first["losses"], second["losses"]]) == pytest.approx(alone["losses"], rel=1e-5)
+
+
+class Tokens(nn.Module):
+    """Sees ids and a mask, and keeps a buffer that is neither floating point nor a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(20, 16), nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 3))
+        self.register_buffer("places", torch.arange(64))
+        self.register_buffer("known", torch.ones(20, dtype=torch.bool))
+
+    def forward(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> dict[str, torch.Tensor]:
+        x_BTE = (
+            self.table(ids_BT) * (mask_BT & self.known[ids_BT])[..., None] + 0.01 * self.places[: ids_BT.shape[1], None]
+        )
+        return {"hidden": x_BTE, "logits": self.head(x_BTE.mean(1)), "longest": mask_BT.sum(1)}
+
+
+IDS = [
+    TensorSpec(name="ids", dtype="int64", shape=(BATCH, "tokens")),
+    TensorSpec(name="mask", dtype="bool", shape=(BATCH, "tokens")),
+]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_model_of_tokens(strategy: str) -> None:
+    """Takes two tensors, gives three by name; no parameter is looked for in any step."""
+
+    def work(group: Group) -> list[Any]:
+        gives = ["logits", "longest"]
+        one = shared(make(Tokens), group, strategy, given=IDS, gives=gives, sizes={"tokens": 7})
+        assert strategy == "fsdp" or group.world == 1 or not one.forward.find_unused_parameters
+        assert "traced" not in one.reason
+        optimizers = build_optimizer(one.model, AdamW())
+        chance = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            ids = torch.randint(20, (8, 7), generator=chance)
+            batch = {"ids": ids, "mask": ids > 5, "label": ids.sum(1) % 3}
+            mine = rows(batch, share_of(8, rank=group.rank, world=group.world))
+            with one.exchange(True):
+                outputs = call(one.forward, mine, takes=one.takes, gives=one.gives)
+                nn.functional.cross_entropy(outputs["logits"], mine["label"]).backward()
+            optimizers.step()
+            optimizers.zero_grad()
+        found = one.outputs(rows(batch, slice(0, 5)))
+        assert (list(found), found["longest"].dtype) == (gives, torch.int64)
+        return [each.tolist() for each in found.values()]
+
+    first, second = (each.value for each in on_ranks(2, work))
+    (alone,) = (each.value for each in on_ranks(1, work))
+    assert first == second
+    assert apart(first[0], alone[0]) < 1e-4
+    assert first[1] == alone[1]
 
 
 def test_observers_follow_rank_0_in_training() -> None:
@@ -291,7 +352,7 @@ def test_outputs_have_the_order_of_the_rows(strategy: str) -> None:
             mine = torch.zeros_like(rows)
             share = share_of(num, rank=group.rank, world=group.world)
             mine[share] = rows[share]
-            found.append(one.outputs(mine).tolist())
+            found.append(one.outputs({"x": mine})["logits"].tolist())
         assert one.model.training
         # The optimizer and the checkpoint look at parts, not at what an evaluation gathered.
         assert strategy == "ddp" or group.world == 1 or all(isinstance(w, DTensor) for w in one.model.parameters())
@@ -312,7 +373,7 @@ def test_batch_statistics_are_rank_0_s(strategy: str, precision: str) -> None:
         one = shared(make(normed), group, strategy, precision)
         train(one, group, optimizer=AdamW(), precision=precision)
         own = one.model[1].running_mean.tolist()
-        rows = one.outputs(batch(9, 4)[0])
+        rows = one.outputs({"x": batch(9, 4)[0]})["logits"]
         again = one.whole_model().eval()(batch(9, 4)[0])
         return rows.tolist(), own, float((rows - again).abs().max())
 
@@ -388,7 +449,7 @@ def test_averages_follow_the_parts_of_a_model() -> None:
 # -- memory -------------------------------------------------------------------------------------------
 
 
-def held_bytes(one: Shared, optimizers: Any) -> int:
+def held_bytes(one: SharedModel, optimizers: Any) -> int:
     """Of parameters, gradients and optimizer state, as far as this process holds them."""
     weights = list(one.model.parameters())
     tensors = [*weights, *(weight.grad for weight in weights), *optimizers.tensors(one.model).values()]
@@ -398,11 +459,12 @@ def held_bytes(one: Shared, optimizers: Any) -> int:
 
 def test_a_part_of_the_model_is_a_part_of_the_memory() -> None:
     model = timm.create_model("vit_small_patch16_224", depth=6, img_size=32, num_classes=10)
+    large = [TensorSpec(name="x", dtype="float32", shape=(BATCH, 3, 32, 32))]
 
     def work(group: Group) -> dict[str, int]:
         found = {}
         for strategy in ("ddp", "fsdp"):
-            one = shared(copy.deepcopy(model), group, strategy)
+            one = shared(copy.deepcopy(model), group, strategy, given=large)
             optimizers = build_optimizer(one.model, AdamW())
             one.forward(torch.randn(2, 3, 32, 32)).sum().backward()
             optimizers.step()
@@ -417,5 +479,5 @@ def test_a_part_of_the_model_is_a_part_of_the_memory() -> None:
 def test_nothing_to_offload() -> None:
     launch = LaunchConfig(strategy="fsdp", cpu_offload=True)
     with pytest.raises(RecipeError, match="on the CPU it is there already") as caught:
-        share(make(mlp), group=ALONE, launch=launch, precision=Precision("fp32", ""))
+        share(make(mlp), group=ALONE, launch=launch, precision=Precision("fp32", ""), given=IMAGE, gives=["logits"])
     assert "cpu_offload=false" in caught.value.hint

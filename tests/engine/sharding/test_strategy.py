@@ -16,8 +16,10 @@ from bmctl.engine.sharding.outline import on_meta, outline_of
 from bmctl.engine.sharding.strategy import Outline, amount, choose, loads, state_bytes
 from bmctl.fit import SGD, Adafactor, Adam, AdamW, Ema, Fit, Muon, RMSprop
 from bmctl.recipe import LaunchConfig
+from bmctl.schema import BATCH, TensorSpec
 
 MIB = 2**20
+FOUR = [TensorSpec(name="x", dtype="float32", shape=(BATCH, 4))]
 MODEL = Outline(num_params=10 * MIB, num_trained=8 * MIB, num_gathered=MIB, activation_bytes=MIB)
 
 
@@ -104,7 +106,7 @@ class Partly(nn.Module):
 def test_an_outline_is_traced_without_memory() -> None:
     model = Partly()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = outline_of(model, sample_shape=(4,))
+    found = outline_of(model, given=FOUR, gives=["y"])
     assert found.num_params == found.num_trained == found.num_gathered == 4 * 8 + 8 + 6 + 16
     assert found.unused == ("unused.weight", "unused.bias")
     # The input, what the norm takes, and what tanh gives; the norm's mean and deviation are of the whole batch.
@@ -117,11 +119,50 @@ def test_a_model_that_asks_for_numbers_is_not_traced() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) if float(x.sum()) > 0 else x
 
-    found = outline_of(Asking(4, 4), sample_shape=(4,))
+    found = outline_of(Asking(4, 4), given=FOUR, gives=["y"])
     assert (found.activation_bytes, found.unused) == (None, None)
+    assert found.untraced.startswith("DataDependentOutputException: ")
     given = {"fit": Fit(), "launch": LaunchConfig(), "world": 2, "batch_size": 8, "memory_bytes": 2**30}
     assert "without activations: the model cannot be traced" in choose(found, **given)[1]
-    assert "traced" not in choose(outline_of(nn.Linear(4, 4), sample_shape=(4,)), **given)[1]
+    assert "traced" not in choose(outline_of(nn.Linear(4, 4), given=FOUR, gives=["y"]), **given)[1]
+
+
+class Tokens(nn.Module):
+    """Sees nothing but ids and a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head, self.unused = nn.Embedding(20, 8), nn.Linear(8, 3), nn.Linear(2, 2)
+
+    def forward(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+        return self.head((self.table(ids_BT) * mask_BT[..., None]).mean(1))
+
+
+TOKENS = [
+    TensorSpec(name="ids", dtype="int64", shape=(BATCH, "tokens")),
+    TensorSpec(name="mask", dtype="bool", shape=(BATCH, "tokens")),
+]
+
+
+def test_ids_and_masks_are_traced_at_the_size_of_a_batch() -> None:
+    found = [outline_of(Tokens(), given=TOKENS, gives=["y"], sizes={"tokens": size}) for size in (16, 32)]
+    assert [each.unused for each in found] == [("unused.weight", "unused.bias")] * 2
+    # Of a token its id and its mask are kept, for the gradients of the table and of what is masked.
+    assert found[1].activation_bytes - found[0].activation_bytes == 16 * (8 + 1)
+    assert found[0].untraced == ""
+
+
+def test_encoders_of_transformers_are_traced() -> None:
+    """They ask a plain meta tensor whether anything is masked, and it cannot tell."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    small = BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, num_labels=3
+    )
+    given = [TOKENS[0], TOKENS[1].model_copy(update={"dtype": "int64"})]
+    found = outline_of(BertForSequenceClassification(small), given=given, gives=["logits"], sizes={"tokens": 16})
+    assert (found.unused, found.untraced) == ((), "")
+    assert found.activation_bytes is not None and found.activation_bytes > 16 * 8 * 4
 
 
 def test_a_copy_on_meta_keeps_ties_and_freezes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from bmctl.engine.parallel import Group
 from bmctl.engine.training import batchsize
 from bmctl.engine.training.batchsize import find_batch_size
 from bmctl.errors import ResourceError
-from bmctl.models.networks import MLP, ResCNN
+from bmctl.models.own.networks import MLP, ResCNN
 
 CPU = torch.device("cpu")
 ALONE = Group(rank=0, local_rank=0, world=1, device=CPU, threads=1)
@@ -135,8 +136,7 @@ def test_a_gpu_says_itself_when_it_is_full(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: (100 + 10 * tried[-1]) * MIB)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
-    monkeypatch.setattr(batchsize, "random_state", lambda device: {})
-    monkeypatch.setattr(batchsize, "set_random_state", lambda state, device: None)
+    monkeypatch.setattr(batchsize, "no_trace", lambda model, device: nullcontext())
     tried: list[int] = []
 
     def trial(batch: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from bmctl.core.evaluation import Metric
 from bmctl.engine.training.fitlog import FitLog
 from bmctl.engine.training.stopwatch import PARTS
 
@@ -20,7 +21,7 @@ def make_log(run: Path, events: list[dict[str, Any]], *, leads: bool = True, eve
     return FitLog(
         context,  # type: ignore[arg-type]
         stage="train",
-        metric="accuracy",
+        metric=Metric("accuracy", unit="share"),
         batch_size=8,
         steps_per_epoch=10,
         num_steps=35,

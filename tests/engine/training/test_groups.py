@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.specs import image_spec
 from torch import nn
 
 from bmctl import models
@@ -19,14 +20,12 @@ from bmctl.engine.training.groups import layer_scales, matrices, parameter_group
 from bmctl.engine.training.optim import build_optimizer
 from bmctl.errors import RecipeError
 from bmctl.fit import AdamW, Muon
-from bmctl.models import ModelSpec
 
 ROOT = Path(__file__).parents[3]
 
 
 def build(name: str, **args: object) -> nn.Module:
-    fields = {"name": name, "args": args, "num_classes": 5, "channels": 3, "size": (32, 32)}
-    return models.build(ModelSpec.model_validate(fields))
+    return models.build(image_spec(name, args=args, num_classes=5, channels=3, size=(32, 32)))
 
 
 def test_norms_biases_and_what_the_model_names_do_not_decay() -> None:

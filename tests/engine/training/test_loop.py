@@ -12,8 +12,9 @@ import torch
 from tests.engine.runs import Seen, fit, make_context, make_model, make_recipe, steps
 
 from bmctl.engine.checkpoints.checkpoint import open_checkpoint
+from bmctl.engine.computing import kernels
 from bmctl.engine.computing.precision import Precision
-from bmctl.engine.training import prepare
+from bmctl.engine.training import setup
 from bmctl.errors import DivergedError
 
 
@@ -38,7 +39,7 @@ def test_parts_of_a_batch_add_up_to_it(tmp_path: Path, parts: int) -> None:
     whole = trained(tmp_path, "train.max_steps=10", "train.optimizer=sgd")
     cut = trained(tmp_path, "train.max_steps=10", "train.optimizer=sgd", f"train.accumulate={parts}", name="cut")
     assert 0 < far(weights_of(whole), weights_of(cut)) < 1e-6
-    assert whole.val.extra["loss"] == pytest.approx(cut.val.extra["loss"], rel=1e-5)
+    assert whole.val.values["loss"] == pytest.approx(cut.val.values["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("parts", [1, 4])
@@ -112,8 +113,8 @@ def test_a_run_that_fell_back_to_fp32_stays_there(tmp_path: Path, monkeypatch: p
         asked.append(name)
         return replace(fp32, reason="") if name == "fp32" else bf16
 
-    monkeypatch.setattr(prepare, "choose_precision", choose)
-    monkeypatch.setattr(prepare.selfcheck, "check", lambda precision, **given: (fp32, "bf16 does not hold here"))
+    monkeypatch.setattr(setup, "choose_precision", choose)
+    monkeypatch.setattr(setup.selfcheck, "check", lambda precision, **given: (fp32, "bf16 does not hold here"))
     settings = ("train.precision=auto", "train.max_steps=15", "train.checkpoint_every_steps=5")
     whole = trained(tmp_path, *settings, name="whole")
     folder = tmp_path / "whole" / "checkpoints" / "train"
@@ -138,9 +139,9 @@ def test_a_run_that_fell_back_to_fp32_stays_there(tmp_path: Path, monkeypatch: p
 def test_the_faster_kernels_compute_bf16_on_tiles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, tiles: bool, compiles: bool, faster: bool
 ) -> None:
-    monkeypatch.setattr(prepare, "has_tiles", lambda: tiles)
-    monkeypatch.setattr(prepare, "choose_precision", lambda name, device: Precision(precision, ""))
-    monkeypatch.setattr(prepare, "compiled", lambda forward, **given: forward)
+    monkeypatch.setattr(kernels, "has_tiles", lambda: tiles)
+    monkeypatch.setattr(setup, "choose_precision", lambda name, device: Precision(precision, ""))
+    monkeypatch.setattr(setup, "compiled", lambda forward, **given: forward)
     recipe = make_recipe(tmp_path, "train.max_steps=1", f"train.compile={compiles}", "train.batch_size=auto")
     model, seen = make_model(recipe), set[tuple[bool, ...]]()
     F, Conv2d = torch.nn.functional, torch.nn.Conv2d
@@ -214,9 +215,9 @@ class Spoiled:
     def __getattr__(self, name: str):
         return getattr(self._task, name)
 
-    def loss(self, outputs, targets, *, config):
+    def loss(self, outputs, batch, *, config):
         self._calls += 1
-        loss = self._task.loss(outputs, targets, config=config)
+        loss = self._task.loss(outputs, batch, config=config)
         return loss * float("nan") if self._calls in self._at else loss
 
 

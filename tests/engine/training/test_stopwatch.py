@@ -61,7 +61,7 @@ def test_what_was_skipped_is_nobodys(clock: Clock) -> None:
     watch.start()
     step(watch, clock, data=0.001)
     clock.now += 100  # a validation
-    watch.skip()
+    watch.start()
     step(watch, clock, forward=0.002, optimizer=0.001)
     assert sum(watch.take().values()) == pytest.approx(4)
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tests.engine.runs import Seen, fit, make_context, make_model, make_recipe, steps
 
+from bmctl.engine.computing import kernels
 from bmctl.engine.training import train, validation
 from bmctl.engine.training.schedule import learning_rate
 from bmctl.errors import DataError, DivergedError, InterruptedRunError, PackageError, PreemptedError, UsageError
 from bmctl.fit import Distill
 from bmctl.processes.signals import Stop
+from bmctl.tasks import classify
 
 
 @pytest.fixture(params=["adamw", "sgd", "adam", "rmsprop"])
@@ -35,6 +39,7 @@ def test_every_optimizer_learns(tmp_path: Path, optimizer: str) -> None:
     assert seen.of("start")[0]["steps"] == 20
     assert seen.of("done")[0]["val_metric"] == result.val.value
     assert "fp32: the recipe says so" in result.notes
+    assert "kernels: torch's own (bmctl's are for bf16, and steps are in fp32)" in result.notes
 
 
 def test_events_go_to_tensorboard(tmp_path: Path, monkeypatch) -> None:
@@ -72,27 +77,63 @@ def test_max_steps_ends_within_an_epoch(tmp_path: Path) -> None:
     assert steps(tmp_path / "run") == ["latest", "step-00000010", "step-00000013"]
 
 
-@pytest.mark.parametrize("select", ["best", "last"])
-def test_the_selected_weights_are_the_result(tmp_path: Path, monkeypatch, select: str) -> None:
-    values = iter([0.2, 0.9, 0.4])
-    real = validation.evaluate
-    kept = []
+class ByLoss:
+    """The task, judged by its loss first: lower is better."""
 
-    def rigged(setting, *, step):
-        kept.append(copy.deepcopy(setting.model.state_dict()))
-        found = real(setting, step=step)
-        return type(found)(**{**vars(found), "value": next(values, found.value)})
+    def __init__(self) -> None:
+        self.METRICS = {name: classify.METRICS[name] for name in ("loss", "accuracy", "macro_f1")}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(classify, name)
+
+    def evaluate(self, parts: Any, batches: Any, *, config: Any) -> Any:
+        found = classify.evaluate(parts, batches, config=config)
+        return replace(found, values={name: found.values[name] for name in self.METRICS})
+
+
+def rig(monkeypatch: pytest.MonkeyPatch, *values: float) -> list[dict[str, torch.Tensor]]:
+    """Let evaluations find these values of the main metric; returns the weights that they were of."""
+    left, real = iter(values), validation.evaluate
+    kept: list[dict[str, torch.Tensor]] = []
+
+    def rigged(training, *, step):
+        kept.append(copy.deepcopy(training.model.state_dict()))
+        found = real(training, step=step)
+        return replace(found, values={**found.values, found.name: next(left, found.value)})
 
     for module in (validation, train):
         monkeypatch.setattr(module, "evaluate", rigged)
-    recipe = make_recipe(tmp_path, f"train.select={select}")
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("task", "values"), [(classify, (0.2, 0.9, 0.4)), (ByLoss(), (2.0, 0.9, 1.4))], ids=["higher", "lower"]
+)
+@pytest.mark.parametrize("select", ["best", "last"])
+def test_the_selected_weights_are_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select: str, task: Any, values: tuple[float, ...]
+) -> None:
+    kept = rig(monkeypatch, *values)
+    recipe, seen = make_recipe(tmp_path, f"train.select={select}"), Seen()
     model = make_model(recipe)
-    result = fit(make_context(tmp_path / "run", recipe), model)
+    result = fit(make_context(tmp_path / "run", recipe, seen=seen), model, task=task)
+    assert [event["is_best"] for event in seen.of("evaluation")] == [True, True, False]
+    main = next(iter(task.METRICS.values()))
+    assert {(event["metric_name"], event["metric_unit"]) for event in seen.of("evaluation")} == {(main.name, main.unit)}
     assert result.best_step == 20
     chosen = kept[1 if select == "best" else 2]
     assert all(torch.equal(tensor, chosen[name]) for name, tensor in model.state_dict().items())
     assert not model.training
-    assert result.val.value == 0.9 if select == "best" else result.val.value not in (0.2, 0.9)
+    assert result.val.value == 0.9 if select == "best" else result.val.value not in values[:2]
+
+
+def test_progress_of_what_is_better_when_lower_is_measured_downwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig(monkeypatch, 3.0, 2.0, 1.9, 1.0)
+    recipe = make_recipe(tmp_path, "train.epochs=5", "train.early_stop={patience: 1, min_delta: 0.5}")
+    result = fit(make_context(tmp_path / "run", recipe), make_model(recipe), task=ByLoss())
+    assert (result.steps, result.best_step) == (30, 30)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
@@ -138,7 +179,7 @@ def test_a_teacher_is_followed_as_far_as_asked(tmp_path: Path, weight: float, sh
 def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
     found = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        recipe = make_recipe(tmp_path, "train.epochs=1", "data.augment.shift=2")
+        recipe = make_recipe(tmp_path, "train.epochs=1", "data.input.augment.shift=2")
         model = make_model(recipe)
         fit(make_context(tmp_path / name, recipe), model, seed=seed)
         found.append(model.state_dict())
@@ -170,7 +211,7 @@ class StopAt(Stop):
 def reference(tmp_path_factory) -> dict[str, torch.Tensor]:
     """Weights of a training that nothing stopped."""
     folder = tmp_path_factory.mktemp("reference")
-    recipe = make_recipe(folder, "data.augment.shift=2")
+    recipe = make_recipe(folder, "data.input.augment.shift=2")
     model = make_model(recipe)
     fit(make_context(folder / "run", recipe), model)
     return model.state_dict()
@@ -179,7 +220,7 @@ def reference(tmp_path_factory) -> dict[str, torch.Tensor]:
 # 10 steps an epoch, each looks once; then 4 batches of validation look once each.
 @pytest.mark.parametrize("looks", [0, 4, 9, 10, 12, 13, 20, 39, 41])
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, reference, looks: int) -> None:
-    recipe = make_recipe(tmp_path, "data.augment.shift=2")
+    recipe = make_recipe(tmp_path, "data.input.augment.shift=2")
     with pytest.raises(PreemptedError, match="stopped at step") as caught:
         fit(make_context(tmp_path / "run", recipe, stop=StopAt(looks)), make_model(recipe))
     assert caught.value.exit_code == 75
@@ -239,8 +280,9 @@ def test_an_earlier_attempt_is_not_overwritten(tmp_path: Path) -> None:
     [
         ("train.optimizer.lr=0.5", PackageError, r"fit.optimizer.lr was 0.001, is 0.5"),
         ("train.optimizer={name: sgd}", PackageError, "state of adamw; the recipe says sgd"),
+        ("train.kernels=torch", PackageError, "fit.kernels was auto, is torch"),
         ("data.train.limit=330", DataError, "the data set changed"),
-        ("data.augment.flip=true", PackageError, "data.augment.flip was False, is True"),
+        ("data.input.augment.flip=true", PackageError, "data.input.augment.flip was False, is True"),
     ],
 )
 def test_another_training_does_not_go_on(tmp_path: Path, override: str, kind: type, says: str) -> None:
@@ -259,7 +301,7 @@ def test_what_does_not_matter_may_change(tmp_path: Path) -> None:
 
 
 def test_a_corrupt_checkpoint_is_passed_over(tmp_path: Path, reference) -> None:
-    recipe = make_recipe(tmp_path, "data.augment.shift=2")
+    recipe = make_recipe(tmp_path, "data.input.augment.shift=2")
     with pytest.raises(PreemptedError):
         fit(make_context(tmp_path / "run", recipe, stop=StopAt(34)), make_model(recipe))
     newest = tmp_path / "run" / "checkpoints" / "train" / "latest" / "model-rank-0.safetensors"
@@ -284,3 +326,17 @@ def test_other_threads_are_said(tmp_path: Path) -> None:
     group = type(context.group)(**{**vars(context.group), "threads": 3})
     fit(type(context)(**{**vars(context), "group": group}), make_model(recipe))
     assert "not the same weights bit for bit" in seen.notes
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_other_kernels_are_said(tmp_path: Path, monkeypatch, before: bool) -> None:
+    """Begun on a CPU with AMX and going on on one without, or the other way."""
+    monkeypatch.setattr(kernels, "has_tiles", lambda: before)
+    recipe, seen = make_recipe(tmp_path, "train.epochs=1", "train.precision=bf16"), Seen()
+    first = fit(make_context(tmp_path / "run", recipe), make_model(recipe))
+    assert any(note.startswith("kernels: attention, convolution, linear by bmctl") for note in first.notes) is before
+    monkeypatch.setattr(kernels, "has_tiles", lambda: not before)
+    fit(make_context(tmp_path / "run", recipe, seen=seen, resume=True), make_model(recipe))
+    crews = ["torch's kernels", "bmctl's kernels (attention, convolution, linear)"]
+    then, now = (f"1 process with 1 thread on cpu and {crews[tiles]}" for tiles in (before, not before))
+    assert f"begun by {then}, going on by {now}: " in seen.notes

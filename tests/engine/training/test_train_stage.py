@@ -8,9 +8,11 @@ import pytest
 import torch
 from tests.engine.runs import Seen, make_context, make_recipe
 
-from bmctl.engine.loading.data import array_batches, open_split
+from bmctl.engine.loading.arrays import array_batches
+from bmctl.engine.loading.data import Data, open_split
 from bmctl.engine.training.train_stage import train_stage
 from bmctl.errors import RecipeError, UsageError
+from bmctl.inputs import Resolved
 from bmctl.package import find_package, load_model
 
 
@@ -30,9 +32,10 @@ def test_the_package_is_worth_what_it_says(folder: Path) -> None:
     assert manifest.metrics["num_params"] == 784 * 512 + 512 + 512 * 256 + 256 + 256 * 10 + 10
     assert manifest.metrics["size_bytes"] == package.weights.stat().st_size
     model = load_model(package)
+    split = open_split(Data(recipe), name="val", given=Resolved(manifest.preprocess))
     hits = [
-        (model(torch.from_numpy(x)).argmax(1).numpy() == y).sum()
-        for x, y in array_batches(open_split(recipe, name="val", preprocess=manifest.preprocess), batch_size=50)
+        (model(torch.from_numpy(batch["input"])).argmax(1).numpy() == batch["label"]).sum()
+        for batch in array_batches(split, batch_size=50)
     ]
     val = manifest.metrics["val"]
     assert val["value"] == sum(hits) / 100

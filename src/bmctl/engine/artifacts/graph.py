@@ -1,4 +1,4 @@
-"""From an nn.Module to one ONNX file whose batch is proven to be free.
+"""From an nn.Module to one ONNX file whose free axes are proven to be free.
 
 Source: torch.onnx with dynamo=True, https://docs.pytorch.org/docs/stable/onnx_export.html
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import os
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,11 @@ from torch import nn
 
 from bmctl.backends import onnxruntime
 from bmctl.core import onnxgraph
+from bmctl.core.calling import call
 from bmctl.core.quiet import listening
 from bmctl.engine.artifacts import parity
 from bmctl.errors import BmctlError, GateError, UnsupportedError, first_line
+from bmctl.schema import BATCH, Signature, Span
 
 OPSET = 18
 """The exporter's own opset: nothing has to be converted, and every runtime and NNCF take it."""
@@ -30,48 +34,68 @@ MAX_BYTES = 2**31 - 2**20
 TOLERANCE = 1e-4
 """Of fp32 ONNX Runtime against fp32 eager, as a fraction of the output's scale."""
 
+TRACED = 2
+"""Samples that are traced: torch.export takes an axis of size 1 for a fixed one."""
+
+Feed = Mapping[str, np.ndarray]
+
 
 def export_onnx(
-    model: nn.Module,
-    *,
-    example: torch.Tensor,
-    out: Path,
-    input_name: str = "input",
-    output_name: str = "logits",
+    model: nn.Module, *, signature: Signature, example: Feed, out: Path, axes: Mapping[str, Span] | None = None
 ) -> tuple[str, ...]:
-    """Write `model` as ONNX with a free batch dimension, checked against eager at two batch sizes not traced.
+    """Write `model` as ONNX with the free axes of `signature`, checked against eager at two other sizes of each.
 
     Args:
-        model: Takes float32 [N, ...], gives one tensor [N, ...]. It is left as it is: a copy is exported, in eval
-            mode, in fp32, on the CPU.
-        example: float32 [2 or more, ...], preprocessed real samples.
+        model: Takes the signature's inputs by position, and gives its outputs in their order or by their names. It is
+            left as it is: a copy is exported, in eval mode, in fp32, on the CPU.
+        signature: Names, types and axes.
+        example: An array per input: a real call, of which the first TRACED samples are traced.
         out: The file to write. A graph that fails the check is kept beside it as `<name>.rejected`.
+        axes: Sizes that will be asked for; a model that takes no others is proven at these.
 
     Returns:
         What the exporter had to say, one line each.
 
     Raises:
-        UnsupportedError: An operator without ONNX form, data-dependent control flow, a fixed batch, over 2 GB.
+        UnsupportedError: An operator without ONNX form, data-dependent control flow, a size that is fixed in the
+            model's forward, over 2 GB.
         GateError: The graph computes something else than the model.
     """
-    if example.ndim < 2 or example.shape[0] < 2:
-        raise ValueError(f"example must be [2 or more, ...], got {list(example.shape)}")
-    model = copy.deepcopy(model).to(device="cpu", dtype=torch.float32).eval()
-    example = example.detach().to(device="cpu", dtype=torch.float32)
+    model = _in_fp32(copy.deepcopy(model))
     _check_size(model, limit=MAX_BYTES)
-    references = _references(model, example)
+    traced = resized(example, signature, {BATCH: TRACED})
+    proofs = [
+        _prove(model, signature, resized(example, signature, sizes)) for sizes in _sizes(signature, example, axes)
+    ]
     notes: list[str] = []
     with listening(notes):
-        proto = _convert(model, example, input_name=input_name, output_name=output_name)
+        proto = _convert(model, signature, traced)
     onnxgraph.tidy(proto)
     part = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     try:
         part.write_bytes(proto.SerializeToString(deterministic=True))
-        _check_batches(part, references, out=out, input_name=input_name)
+        _check_proofs(part, proofs, signature, out=out)
         part.replace(out)
     finally:
         part.unlink(missing_ok=True)
     return tuple(notes)
+
+
+def resized(feed: Feed, signature: Signature, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """The same call at other sizes of its free axes: what is there over again, or its beginning."""
+    found = {}
+    for spec in signature.inputs:
+        array = feed[spec.name]
+        for i, axis in enumerate(spec.shape):
+            if isinstance(axis, str) and axis in sizes and sizes[axis] != array.shape[i] and array.shape[i]:
+                array = np.take(array, np.arange(sizes[axis]) % array.shape[i], axis=i)
+        found[spec.name] = np.ascontiguousarray(array)
+    return found
+
+
+def _in_fp32(model: nn.Module) -> nn.Module:
+    """Weights in fp32; what counts or indexes keeps its type."""
+    return model.to(device="cpu", dtype=torch.float32).eval()
 
 
 def _check_size(model: nn.Module, *, limit: int) -> None:
@@ -84,40 +108,64 @@ def _check_size(model: nn.Module, *, limit: int) -> None:
         )
 
 
-def _references(model: nn.Module, example: torch.Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Inputs and eager outputs at two batch sizes other than the traced one: real samples with a little noise."""
-    generator = torch.Generator().manual_seed(0)
-    pairs = []
-    for size in (1, example.shape[0] + 3):
-        x = example[torch.arange(size) % example.shape[0]]
-        x = x + 0.05 * x.std() * torch.randn(x.shape, generator=generator)
-        try:
-            with torch.inference_mode():
-                y = model(x)
-        except Exception as error:  # any model of any source: its forward may raise anything
-            raise UnsupportedError(
-                f"{type(model).__name__} does not run on a batch of {size}: "
-                f"{type(error).__name__}: {first_line(error)}",
-                hint="its forward must take any batch size; look for a view or reshape with a fixed first dimension",
-            ) from error
-        if not isinstance(y, torch.Tensor):
-            raise UnsupportedError(
-                f"{type(model).__name__} returns {type(y).__name__}; one tensor of logits is exported",
-                hint="wrap it in a module that returns the logits",
-            )
-        pairs.append((x.numpy(), y.numpy()))
-    return pairs
+@dataclass(frozen=True)
+class _Proof:
+    """What eager PyTorch gives at one choice of sizes."""
+
+    feed: dict[str, np.ndarray]
+    outputs: dict[str, np.ndarray]
+    words: str
 
 
-def _convert(model: nn.Module, example: torch.Tensor, *, input_name: str, output_name: str) -> onnx.ModelProto:
+def _sizes(signature: Signature, example: Feed, axes: Mapping[str, Span] | None) -> list[dict[str, int]]:
+    """Two sizes of every free axis other than the traced one: a smaller and a larger, all of them at once."""
+    traced = {
+        axis: example[spec.name].shape[i]
+        for spec in signature.inputs
+        for i, axis in enumerate(spec.shape)
+        if isinstance(axis, str)
+    }
+    low, high = {}, {}
+    for axis, size in traced.items():
+        if axis == BATCH:
+            low[axis], high[axis] = 1, TRACED + 3
+            continue
+        span = (axes or {}).get(axis)
+        asked = [span.min, span.opt, span.max] if span else [max(1, size // 2), size + 3]
+        others = [each for each in asked if each != size and each > 0] or [size]
+        low[axis], high[axis] = others[0], others[-1]
+    return [low, high]
+
+
+def _prove(model: nn.Module, signature: Signature, feed: dict[str, np.ndarray]) -> _Proof:
+    shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
+    first = next(iter(feed.values()))
+    words = f"a batch of {len(first)}" if signature.axes == (BATCH,) else shapes
+    try:
+        with torch.inference_mode():
+            fields = [torch.from_numpy(array) for array in feed.values()]
+            outputs = call(model, fields, gives=[spec.name for spec in signature.outputs])
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{type(model).__name__}: {error.message}", hint=error.hint) from error
+    except Exception as error:  # any model of any source: its forward may raise anything
+        raise UnsupportedError(
+            f"{type(model).__name__} does not run on {words}: {type(error).__name__}: {first_line(error)}",
+            hint="its forward must take any size of its free axes; look for a view or reshape with fixed dimensions",
+        ) from error
+    return _Proof(feed, {name: tensor.numpy() for name, tensor in outputs.items()}, words)
+
+
+def _convert(model: nn.Module, signature: Signature, example: Feed) -> onnx.ModelProto:
+    free = [{i: axis for i, axis in enumerate(spec.shape) if isinstance(axis, str)} for spec in signature.inputs]
     try:
         program = torch.onnx.export(
             model,
-            (example,),
+            tuple(torch.from_numpy(example[spec.name]) for spec in signature.inputs),
             dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            input_names=[input_name],
-            output_names=[output_name],
+            # By position: as a dict its keys would have to be the forward's own argument names.
+            dynamic_shapes=tuple(free),
+            input_names=[spec.name for spec in signature.inputs],
+            output_names=[spec.name for spec in signature.outputs],
             opset_version=OPSET,
             optimize=True,
             verbose=False,
@@ -153,13 +201,14 @@ def _unsupported(model: nn.Module, error: BaseException) -> UnsupportedError:
     )
 
 
-def _check_batches(path: Path, references: list[tuple[np.ndarray, np.ndarray]], *, out: Path, input_name: str) -> None:
-    """Run the file on ONNX Runtime on every reference; move it to `.rejected` when one does not agree."""
+def _check_proofs(path: Path, proofs: Sequence[_Proof], signature: Signature, *, out: Path) -> None:
+    """Run the file on ONNX Runtime at every size; move it to `.rejected` when one does not agree."""
     trouble = ""
     try:
-        with onnxruntime.open(path, config=onnxruntime.Config(threads=torch.get_num_threads(), device="cpu")) as runner:
-            for x, y in references:
-                trouble = trouble or _compare(y, runner.run({input_name: x})[runner.signature.outputs[0].name])
+        config = onnxruntime.Config(threads=torch.get_num_threads(), device="cpu")
+        with onnxruntime.open(path, config=config, signature=signature) as runner:
+            for proof in proofs:
+                trouble = trouble or _compare(proof, runner.run(proof.feed), signature)
     except BmctlError as error:
         trouble = error.message.replace(str(path), "it")
     if trouble:
@@ -171,9 +220,14 @@ def _check_batches(path: Path, references: list[tuple[np.ndarray, np.ndarray]], 
         )
 
 
-def _compare(y: np.ndarray, got: np.ndarray) -> str:
+def _compare(proof: _Proof, got: Feed, signature: Signature) -> str:
     """What is wrong, or the empty string."""
-    if y.shape != got.shape:
-        return f"at batch {len(y)} it gives the shape {list(got.shape)}, the model {list(y.shape)}"
-    result = parity.compare(y, got, tolerance=TOLERANCE, min_agreement=1.0, source="eager")
-    return "" if result.passed else f"at batch {len(y)} it differs from the model: {result}"
+    for spec in signature.outputs:
+        want = proof.outputs[spec.name]
+        if want.shape != got[spec.name].shape:
+            shapes = f"{list(got[spec.name].shape)}, the model {list(want.shape)}"
+            return f"at {proof.words} it gives {spec.name!r} the shape {shapes}"
+        result = parity.compare(want, got[spec.name], tolerance=TOLERANCE, min_agreement=1.0, source="eager")
+        if not result.passed:
+            return f"at {proof.words} it differs from the model: {result}"
+    return ""

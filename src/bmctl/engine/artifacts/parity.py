@@ -160,3 +160,8 @@ def _of(
         reference=source,
         passed=error <= tolerance and agreement >= min_agreement,
     )
+
+
+def worst(found: Sequence[Parity]) -> Parity:
+    """Of several comparisons one that failed, else the one with the largest error."""
+    return max(found, key=lambda one: (not one.passed, one.error, -one.agreement))

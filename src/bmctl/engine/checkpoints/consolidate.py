@@ -11,17 +11,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from torch import nn
 
-from bmctl import models
 from bmctl.engine.checkpoints.checkpoint import INDEX, STATE, Checkpoint, open_checkpoint
-from bmctl.errors import BmctlError, PackageError
-from bmctl.methods import METHODS
+from bmctl.errors import PackageError
+from bmctl.inputs import InputSpec, Resolved
 from bmctl.models import ModelSpec
 from bmctl.package import Structure
 from bmctl.recipe import Recipe
-from bmctl.schema import Many, Preprocess, Strict
+from bmctl.restore import restored
+from bmctl.schema import Many, Signature, Strict
+from bmctl.tasks import TASKS
 
 
 class About(Strict):
@@ -29,17 +30,26 @@ class About(Strict):
 
     Attributes:
         model: How to build it.
+        parts: Its graphs, as they will be exported.
+        input: How samples become what it takes; `files` are those that the input needs, such as a tokenizer.
         history: Compression steps that it went through before this training.
         recipe: The run's, resolved, as JSON.
     """
 
     model: ModelSpec
-    preprocess: Preprocess
-    class_names: Many[str]
+    parts: dict[str, Signature]
+    input: InputSpec
+    files: dict[str, str] = Field(default_factory=dict)
     task: dict[str, Any] | None = None
+    facts: dict[str, Any] | None = None
     data_fingerprint: str | None = None
     history: Many[Structure] = ()
     recipe: dict[str, Any] | None = None
+
+    @property
+    def given(self) -> Resolved:
+        """How samples become what the model takes."""
+        return Resolved(self.input, {name: text.encode() for name, text in self.files.items()})
 
     def to_json(self) -> dict[str, Any]:
         """For the `about` of a checkpoint's manifest."""
@@ -82,13 +92,26 @@ def read_recipe(about: About) -> Recipe | None:
         raise PackageError(f"the checkpoint's recipe is none: {error.errors()[0]['msg']}") from error
 
 
+def task_of(about: About) -> tuple[Any, Any]:
+    """The Config of the task that was trained for, and its facts.
+
+    Raises:
+        PackageError: There is no such task, or they are not its own.
+    """
+    try:
+        task = TASKS[(about.task or {})["kind"]]
+        return task.Config.model_validate_json(json.dumps(about.task)), task.Facts.model_validate(about.facts)
+    except (KeyError, ValidationError) as error:
+        raise PackageError(f"the checkpoint does not say for which task it was trained: {error}") from error
+
+
 def load_model(found: Checkpoint, about: About) -> tuple[nn.Module, str]:
     """The model, on the CPU, in eval mode; and which weights it has, in words.
 
     Raises:
         PackageError: The checkpoint's tensors are not those of the model that it names.
     """
-    model = _build(found, about)
+    model = restored(about.model, about.history, where=found.path)
     kind = next(kind for kind in ("best", "ema", "model") if kind == "model" or found.names(kind))
     try:
         model.load_state_dict({name: found.read(kind, name) for name in found.names(kind)}, strict=True)
@@ -116,18 +139,3 @@ def _words(found: Checkpoint, kind: str) -> str:
     average = "the average of the weights" if kind == "ema" else "the weights"
     known = ", the best so far" if manifest.best_step == manifest.step else ""
     return f"{step}; its weights are {average} of that step{known}"
-
-
-def _build(found: Checkpoint, about: About) -> nn.Module:
-    try:
-        model = models.build(about.model)
-        for structure in about.history:
-            method = METHODS[structure.step["method"]]
-            if method.LEVEL != "module":
-                raise ValueError(f"no module goes through {structure.step['method']}")
-            method.restore(model, method.Config.model_validate_json(json.dumps(structure.step)), structure.meta)
-    except PackageError:
-        raise
-    except (BmctlError, ValidationError, TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
-        raise PackageError(f"{found.path}: its model {about.model.name} cannot be built here: {error}") from error
-    return model

@@ -124,11 +124,15 @@ def box_to_write(tensor: torch.Tensor, *, rank: int) -> Box | None:
     return None if is_copy else box
 
 
-def entries(tensors: Mapping[str, torch.Tensor], *, file: str, rank: int) -> dict[str, Entry]:
-    """What this process adds to the index: its pieces, and on rank 0 also tensors without any."""
+def entries(tensors: Mapping[str, torch.Tensor], *, file: str, rank: int, own: bool = False) -> dict[str, Entry]:
+    """What this process adds to the index: its pieces, and on rank 0 also tensors without any.
+
+    Args:
+        own: No other process has tensors of these names: this one writes them whole.
+    """
     found = {}
     for name, tensor in tensors.items():
-        box = box_to_write(tensor, rank=rank)
+        box = held_box(tensor) if own else box_to_write(tensor, rank=rank)
         if box is None and rank:
             continue
         starts, sizes = [start for start, _ in box or ()], [stop - start for start, stop in box or ()]

@@ -81,7 +81,8 @@ def write_part(
         ResourceError: The disk says no.
     """
     for kind, file in files.items():
-        name = file.find_non_finite()
+        # What a feed owns may well hold inf, such as the best return so far before there was one.
+        name = file.find_non_finite() if kind != "task" else None
         going_on()
         if name is not None:
             raise DivergedError(

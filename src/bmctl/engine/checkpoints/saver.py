@@ -88,9 +88,10 @@ class Saver:
         Nothing happens for a step that is published or under way. Another save under way is finished first.
 
         Args:
-            snapshot: Of this process; plain tensors count on rank 0 alone. `state.random` and `state.progress` hold
-                this rank's alone.
-            fields: Of the manifest: stage, best_step, num_steps, identity, threads, device, strategy, mesh, about.
+            snapshot: Of this process; plain tensors count on rank 0 alone, but for those of `task`. `state.random` and
+                `state.progress` hold this rank's alone.
+            fields: Of the manifest: stage, best_step, num_steps, identity, threads, device, kernels, strategy, mesh,
+                about.
 
         Raises:
             BmctlError: The same on every rank: of this save, where it is not asynchronous, or of the one before.
@@ -197,7 +198,7 @@ class Saver:
         for kind in KINDS:
             tensors: checkpoint.Tensors = getattr(snapshot, kind)
             file = publication.file_name(kind, rank)
-            self._index[kind] = pieces.entries(tensors, file=file, rank=rank)
+            self._index[kind] = pieces.entries(tensors, file=file, rank=rank, own=kind == "task")
             mine = {name: entry for name, entry in self._index[kind].items() if entry.pieces}
             self._files[kind].fill({name: pieces.held(tensors[name]) for name in mine})
         if self._group.device.type == "cuda":

@@ -39,6 +39,7 @@ class CheckpointManifest(Strict):
     Attributes:
         world: Processes that wrote it.
         strategy: How they shared the model: single, ddp or fsdp; `mesh` by the name of each dimension.
+        kernels: Of bmctl's that computed the steps in place of torch's.
         about: What a package of its weights needs: see `importing`.
         parent: Hash of the checkpoint before it.
         files: Every other file.
@@ -54,6 +55,7 @@ class CheckpointManifest(Strict):
     world: int
     threads: int
     device: str
+    kernels: Many[str] = ()
     strategy: str = "single"
     mesh: dict[str, int] = Field(default_factory=dict)
     about: dict[str, Any] = Field(default_factory=dict)
@@ -72,7 +74,6 @@ class State(Strict):
         num_seen: Samples of this epoch so far, over all ranks.
         seed: Of the sampler; with `epoch` and `num_seen` it says which sample comes next.
         batch_size: Samples of a step over all processes, also where it was found by trial.
-        accumulated: Parts of the next step's batch that are in the gradients already: none at a step's border.
         precision: In which the steps are computed.
         scaler: GradScaler's numbers, for fp16.
         skipped: Steps in a row that were left out because they were not finite.
@@ -90,7 +91,6 @@ class State(Strict):
     seed: int = 0
     epoch: int = 0
     batch_size: int = 0
-    accumulated: int = 0
     precision: str = "fp32"
     scaler: dict[str, float] | None = None
     skipped: int = 0
@@ -106,7 +106,7 @@ class Snapshot:
 
     Attributes:
         best: Parameters and buffers of the best validation so far, where that is another step's.
-        task: What a task owns beside the model, such as a replay memory.
+        task: What a task's feed owns, such as a replay memory; every process's own, under names of its own.
     """
 
     model: Tensors

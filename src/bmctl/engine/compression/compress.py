@@ -65,10 +65,10 @@ def step_key(context: StageContext, step: Any, *, parent: ModelPackage) -> str:
         "parent": parent.hash,
         "step": step.model_dump(mode="json"),
         "seed": recipe.seed,
-        "data": data_fingerprint(recipe) if recipe.data is not None else None,
+        "data": data_fingerprint(context.data) if recipe.data is not None else None,
         "calib": recipe.data.calib.model_dump(mode="json") if recipe.data is not None else None,
         "task": recipe.task.model_dump(mode="json") if recipe.task is not None else None,
-        "augment": recipe.data.augment.model_dump(mode="json") if recipe.data is not None else None,
+        "input": recipe.data.input.model_dump(mode="json") if recipe.data is not None else None,
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -129,7 +129,7 @@ def _remove(context: StageContext, paths: Sequence[Path]) -> None:
 
 def _check_chain(steps: Sequence[Any], start: ModelPackage) -> None:
     """Refuse a chain before any of it is run."""
-    quantizers = {name for name, method in METHODS.items() if method.FAMILY == "quantize"}
+    quantizers = {name for name, method in METHODS.items() if method.QUANTIZES}
     quantized = any(structure.step.get("method") in quantizers for structure in start.manifest.history)
     frozen, way_out = "", ""
     if start.manifest.frozen:
@@ -140,14 +140,14 @@ def _check_chain(steps: Sequence[Any], start: ModelPackage) -> None:
         name, method = step.name or step.method, METHODS[step.method]
         if method.LEVEL == "module" and frozen:
             raise UnsupportedError(f"the step {name} changes a module, and {frozen}", hint=way_out)
-        if method.FAMILY == "quantize" and quantized:
+        if method.QUANTIZES and quantized:
             raise UnsupportedError(
                 f"the step {name} cannot be done: the model is already quantized",
                 hint="remove one of the two steps, or start from the package before the first",
             )
         if method.LEVEL == "graph" and not frozen:
             frozen, way_out = f"the step {name} before it leaves a graph", f"move it before {name}"
-        quantized = quantized or method.FAMILY == "quantize"
+        quantized = quantized or method.QUANTIZES
 
 
 def _check_stop(context: StageContext) -> None:

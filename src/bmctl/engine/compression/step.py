@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from bmctl.core.evaluation import Evaluation
+from bmctl.core.runner import Runner
 from bmctl.engine.artifacts.graph import export_onnx
+from bmctl.engine.artifacts.opening import open_model, open_parts, task_of
+from bmctl.engine.artifacts.recording import of_part
 from bmctl.engine.checkpoints.consolidate import About
 from bmctl.engine.context import StageContext
-from bmctl.engine.evaluation import appraise, measure
-from bmctl.engine.loading.data import array_batches, data_fingerprint, open_split
+from bmctl.engine.evaluation import appraise, feeds, measure
+from bmctl.engine.loading.data import data_fingerprint, open_split
 from bmctl.engine.parallel import settle
 from bmctl.engine.training import train
-from bmctl.errors import BmctlError, PackageError, RecipeError
+from bmctl.errors import BmctlError, RecipeError
 from bmctl.fit import ModuleStepConfig
+from bmctl.inputs import Resolved
 from bmctl.methods import METHODS, Meta, MethodContext
-from bmctl.package import Manifest, ModelPackage, Structure, derive, load_model, open_package, save_package
+from bmctl.package import PART, GraphFile, Manifest, ModelPackage, Structure, derive, open_package, save_package
 from bmctl.recipe import recipe_yaml
-from bmctl.schema import Preprocess
-from bmctl.tasks import TASKS
+from bmctl.restore import load_model
+from bmctl.tasks import TASKS, parts_of
 from bmctl.weights import save_weights
-
-CALIBRATION_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -79,16 +81,17 @@ def run_step(work: Work) -> ModelPackage:
 
 
 def _module_step(work: Work) -> None:
-    context, step, preprocess = work.context, work.step, work.parent.manifest.preprocess
-    if step.recover is not None and not appraise.has_metric(context, preprocess):
+    context, step, manifest, given = work.context, work.step, work.parent.manifest, work.parent.given
+    if step.recover is not None and not appraise.has_metric(context, given):
         raise RecipeError(
             f"the step {work.stage} recovers by training, and the recipe has no data or no task",
             hint="add them, or remove `recover` from the step",
         )
     model = load_model(work.parent)
     before = copy.deepcopy(model)
-    method_context = _method_context(work)
-    meta = METHODS[step.method].apply(model, step, method_context)
+    example = _example(work)
+    look = MethodContext(example=example, calibration=lambda: iter(()), calibration_record={})
+    meta = METHODS[step.method].apply(model, step, look)
     for text in meta.get("notes", ()):
         work.note(text)
     metrics: dict[str, Any] = {}
@@ -97,28 +100,28 @@ def _module_step(work: Work) -> None:
     model.eval()
 
     def publish() -> None:
-        evaluation = _score(work, lambda spec: appraise.score_module(context, model, preprocess=spec))
-        numbers = appraise.module_numbers(context, model, before=before, example=method_context.example)
+        evaluation = _score(work, lambda given: appraise.score_module(context, model, manifest, given))
+        numbers = appraise.module_numbers(context, model, before=before, example=example)
         save_weights(model.cpu(), work.folder / "weights.safetensors")
         size = {"size_bytes": measure.size_bytes(work.folder / "weights.safetensors")}
-        manifest = _manifest(work, meta, {**metrics, **_val(evaluation), **numbers, **size})
-        _publish(work, manifest, evaluation, backend="eager", model=model)
+        fields = _manifest(work, meta, {**metrics, **_val(evaluation), **numbers, **size})
+        _publish(work, fields, evaluation, backend="eager", model=model)
 
     leading(context, publish)
 
 
 def _recover(work: Work, step: ModuleStepConfig, model: nn.Module, meta: Meta) -> tuple[nn.Module, dict[str, Any]]:
     """Fine-tune; returns the model, and what the manifest says of it."""
-    context, recover, manifest = work.context, step.recover, work.parent.manifest
+    context, recover, manifest, given = work.context, step.recover, work.parent.manifest, work.parent.given
     recipe = context.recipe
-    assert recover is not None and manifest.preprocess is not None and recipe.task is not None
-    right_after = appraise.score_module(context, model, preprocess=manifest.preprocess) if context.group.leads else None
+    assert recover is not None and given is not None and recipe.task is not None
+    right_after = appraise.score_module(context, model, manifest, given) if context.group.leads else None
     teacher = load_model(work.original).requires_grad_(False) if recover.teacher == "original" else None
     result = train.fit(
         model,
         fit=recover.fit,
-        train=open_split(recipe, name="train", preprocess=manifest.preprocess, augment=True),
-        val=open_split(recipe, name="val", preprocess=manifest.preprocess),
+        train=open_split(context.data, name="train", given=given, augment=True),
+        val=open_split(context.data, name="val", given=given),
         task=TASKS[recipe.task.kind],
         task_config=recipe.task,
         context=context,
@@ -145,13 +148,16 @@ def _recover(work: Work, step: ModuleStepConfig, model: nn.Module, meta: Meta) -
 def _about(work: Work, meta: Meta) -> dict[str, Any]:
     """What checkpoints of the recovery say of the model, which went through this step already."""
     manifest, recipe = work.parent.manifest, work.context.recipe
-    assert manifest.model is not None and manifest.preprocess is not None and recipe.task is not None
+    given = work.parent.given
+    assert manifest.model is not None and given is not None and recipe.task is not None
     about = About(
         model=manifest.model,
-        preprocess=manifest.preprocess,
-        class_names=manifest.class_names,
+        parts=manifest.parts,
+        input=given.spec,
+        files={name: content.decode() for name, content in given.files.items()},
+        facts=manifest.facts,
         task=recipe.task.model_dump(mode="json"),
-        data_fingerprint=data_fingerprint(recipe),
+        data_fingerprint=data_fingerprint(work.context.data),
         history=(*manifest.history, Structure(step=work.step.model_dump(mode="json"), meta=meta)),
         recipe=recipe.model_dump(mode="json"),
     )
@@ -159,35 +165,65 @@ def _about(work: Work, meta: Meta) -> dict[str, Any]:
 
 
 def _graph_step(work: Work) -> None:
+    """The method on every graph of the model, each with what it is fed on calibration samples."""
     context, step, manifest = work.context, work.step, work.parent.manifest
-    method_context = _method_context(work)
-    if manifest.frozen:
-        before = work.parent.graph
-    else:
-        before = work.folder / "parent.onnx"
-        names = {
-            "input_name": manifest.inputs[0].name if manifest.inputs else "input",
-            "output_name": manifest.outputs[0].name if manifest.outputs else "logits",
-        }
-        for text in export_onnx(load_model(work.parent), example=method_context.example, out=before, **names):
-            work.note(text)
-    graph = work.folder / "model.onnx"
-    meta = METHODS[step.method].apply(before, step, method_context, out=graph)
-    for text in meta.get("notes", ()):
-        work.note(text)
-    evaluation = _score(work, lambda spec: appraise.score_graph(context, graph, preprocess=spec))
-    numbers = appraise.graph_numbers(graph, before=before, example=method_context.example)
-    quantizes = METHODS[step.method].FAMILY == "quantize"
-    precision = {"precision": meta.get("precision", "int8" if quantizes else "fp32")}
-    calibration = meta.get("calibration", manifest.calibration)
+    method = METHODS[step.method]
+    with ExitStack() as stack:
+        runners, before = _parent_graphs(work, stack)
+        graphs, metas = {}, {}
+        for part, path in before.items():
+            graphs[part] = work.folder / f"{part}.onnx"
+            metas[part] = method.apply(path, step, _look(work, runners, part), out=graphs[part])
+            for text in metas[part].get("notes", ()):
+                work.note(text)
+        example = feeds.example_calls(context, work.parent, runners)
+    meta = metas[PART] if list(metas) == [PART] else {"parts": metas}
+    evaluation = _score(work, lambda given: appraise.score_graphs(context, graphs, manifest, given))
+    numbers = appraise.graph_numbers(graphs, before=before, calls=example, manifest=manifest)
+    first = next(iter(metas.values()))
+    precision = {"precision": first["precision"]}
+    calibration = first.get("calibration", manifest.calibration)
     fields = _manifest(work, meta, {**_val(evaluation), **numbers, **precision}, calibration=calibration)
-    _publish(work, fields, evaluation, backend="onnxruntime", graph=graph)
+    files = {part: GraphFile(path) for part, path in graphs.items()}
+    _publish(work, fields, evaluation, backend="onnxruntime", graphs=files)
 
 
-def _score(work: Work, score: Callable[[Preprocess], Evaluation]) -> Evaluation | None:
-    preprocess = work.parent.manifest.preprocess
-    if preprocess is not None and appraise.has_metric(work.context, preprocess):
-        return score(preprocess)
+def _parent_graphs(work: Work, stack: ExitStack) -> tuple[dict[str, Runner], dict[str, Path]]:
+    """The parent as runners and as ONNX files, made where it is a module."""
+    parent, manifest = work.parent, work.parent.manifest
+    if manifest.frozen:
+        return open_parts(parent, stack), parent.graphs
+    model = load_model(parent)
+    runners, files = open_model(model, manifest), {}
+    calls = feeds.example_calls(work.context, parent, runners)
+    for name, part in parts_of(task_of(manifest.task), model, manifest.parts).items():
+        files[name] = work.folder / f"{name}-parent.onnx"
+        example = next(of_part(calls, name)).feed
+        axes = feeds.axes_of(work.context, manifest, part.signature)
+        for text in export_onnx(part.module, signature=part.signature, example=example, out=files[name], axes=axes):
+            work.note(text)
+    return runners, files
+
+
+def _look(work: Work, runners: Mapping[str, Runner], part: str) -> MethodContext:
+    """What a method may look at for one graph: what it is fed on real samples, or noise, and a note that says so."""
+    context, parent = work.context, work.parent
+    calls = feeds.example_calls(context, parent, runners)
+    example = {name: torch.from_numpy(array) for name, array in next(of_part(calls, part)).feed.items()}
+    if not feeds.has_samples(context, parent):
+        work.note("no data: the step looks at noise of the inputs' shapes")
+        return MethodContext(example=example, calibration=lambda: iter(()), calibration_record={})
+    return MethodContext(
+        example=example,
+        calibration=lambda: (call.feed for call in feeds.calibration_calls(context, parent, runners, part=part)),
+        calibration_record=feeds.calibration_record(context, parent),
+    )
+
+
+def _score(work: Work, score: Callable[[Resolved], Evaluation]) -> Evaluation | None:
+    given = work.parent.given
+    if given is not None and appraise.has_metric(work.context, given):
+        return score(given)
     work.note("no task and no data: only size, parameters, MACs and latency are measured")
     return None
 
@@ -217,11 +253,17 @@ def _publish(
     *,
     backend: str,
     model: nn.Module | None = None,
-    graph: Path | None = None,
+    graphs: Mapping[str, GraphFile] | None = None,
 ) -> None:
     target = work.context.run / "packages" / work.stage
+    given = work.parent.given
     package = save_package(
-        target, manifest=manifest, recipe_yaml=recipe_yaml(work.context.recipe), model=model, graph=graph
+        target,
+        manifest=manifest,
+        recipe_yaml=recipe_yaml(work.context.recipe),
+        model=model,
+        graphs=graphs,
+        files=given.files if given is not None else None,
     )
     appraise.file_score(work.context, package, evaluation, backend=backend)
 
@@ -231,34 +273,11 @@ def _fresh(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-# -- what a method may look at ----------------------------------------------------------------------
-
-
-def _method_context(work: Work) -> MethodContext:
-    """Real samples where there are data, else noise of the model's input shape, and a note that says so."""
-    recipe, manifest = work.context.recipe, work.parent.manifest
-    preprocess = manifest.preprocess
-    if recipe.data is None or preprocess is None:
-        if not manifest.inputs:
-            raise PackageError(f"{work.parent.path} records no inputs, and there are no data to try it on")
-        work.note("no data: the step looks at noise of the input's shape")
-        shape = [dim if isinstance(dim, int) else 1 for dim in manifest.inputs[0].shape[1:]]
-        noise = torch.from_numpy(np.random.default_rng(0).standard_normal((2, *shape), dtype=np.float32))
-        return MethodContext(example=noise, calibration=lambda: iter(()), calibration_record={})
-    split = open_split(recipe, name="calib", preprocess=preprocess)
-    example = torch.from_numpy(next(iter(array_batches(split, batch_size=2)))[0])
-
-    def calibration() -> Iterator[np.ndarray]:
-        for x, _ in array_batches(split, batch_size=CALIBRATION_BATCH):
-            yield x
-
-    record = {
-        "source": recipe.data.model_dump(mode="json", include={"source"})["source"],
-        "split": recipe.data.calib.split,
-        "num_samples": len(split),
-        "fingerprint": data_fingerprint(recipe),
-    }
-    return MethodContext(example=example, calibration=calibration, calibration_record=record)
+def _example(work: Work) -> dict[str, torch.Tensor]:
+    """Two real samples as the model takes them, or noise, and a note that says so."""
+    if not feeds.has_samples(work.context, work.parent):
+        work.note("no data: the step looks at noise of the inputs' shapes")
+    return feeds.example_fields(work.context, work.parent)
 
 
 # -- several processes ------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch._dynamo
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from bmctl.engine.batch import Batch
 from bmctl.engine.computing.precision import Precision
-from bmctl.engine.modules.buffers import copy_buffers, with_buffers
-from bmctl.engine.randomness import random_state, set_random_state
+from bmctl.engine.computing.trial import trial
 
 # What compilers and their backends raise, on the way or when their code runs first.
 _FAILURES = (
@@ -23,8 +23,14 @@ _FAILURES = (
 
 
 def compiled(
-    forward: nn.Module, *, example: torch.Tensor, precision: Precision, note: Callable[[str], None]
-) -> Callable[[torch.Tensor], torch.Tensor]:
+    forward: nn.Module,
+    *,
+    example: Batch,
+    takes: Sequence[str],
+    gives: Sequence[str],
+    precision: Precision,
+    note: Callable[[str], None],
+) -> Callable[..., Any]:
     """`forward` as compiled code; as it is where compiling that or running it fails, which `note` is told in one line.
 
     It is tried once, forward and backward, for the shape of `example`. The first other batch size compiles code for
@@ -34,7 +40,9 @@ def compiled(
     Args:
         forward: The model as a step calls it: plain, or under DistributedDataParallel, which exchanges nothing in the
             trial, so that a rank on which it fails keeps nobody waiting. Under FSDP it stays as it is.
-        example: What a step takes, on the device.
+        example: A batch as a step takes it, on the device.
+        takes: Names of what the model takes of it, in order: it is called by position.
+        gives: Names of what it gives.
         precision: What steps compute in.
         note: Takes a line for the user.
     """
@@ -42,14 +50,12 @@ def compiled(
     if isinstance(forward, FSDPModule):
         made.give_up("its parts are gathered by hooks, which are not compiled")
         return made
-    kept = random_state(example.device)
+    is_ddp = isinstance(forward, nn.parallel.DistributedDataParallel)
     try:
-        with precision.applied(), with_buffers(copy_buffers(forward)):
-            _try(made, example, precision)
+        with forward.no_sync() if is_ddp else nullcontext():  # type: ignore[operator]
+            trial(forward, example, forward=made.fast, takes=takes, gives=gives, loss=_total, precision=precision)
     except _FAILURES as error:
         made.give_up(error)
-    finally:
-        set_random_state(kept, example.device)
     return made
 
 
@@ -65,14 +71,14 @@ class _Compiled:
         self.eager, self._note = eager, note
         self.fast: Callable[..., Any] | None = torch.compile(eager)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *inputs: torch.Tensor) -> Any:
         if self.fast is None or not self.eager.training or not torch.is_grad_enabled():
-            return self.eager(x)
+            return self.eager(*inputs)
         try:
-            return self.fast(x)
+            return self.fast(*inputs)
         except torch._dynamo.exc.TorchDynamoException as error:
             self.give_up(error)
-            return self.eager(x)
+            return self.eager(*inputs)
 
     def give_up(self, why: BaseException | str) -> None:
         """Compute as ever from now on, and say why."""
@@ -80,15 +86,10 @@ class _Compiled:
         self._note(f"compile: the model runs as it is: {_in_a_line(why)}")
 
 
-def _try(made: _Compiled, example: torch.Tensor, precision: Precision) -> None:
-    """One forward and backward pass that leaves no gradients."""
-    assert made.fast is not None
-    weights = [each for each in made.eager.parameters() if each.requires_grad]
-    is_ddp = isinstance(made.eager, nn.parallel.DistributedDataParallel)
-    with made.eager.no_sync() if is_ddp else nullcontext(), torch.enable_grad():  # type: ignore[operator]
-        with precision.autocast(example.device):
-            outputs = made.fast(example)
-        torch.autograd.grad(outputs.float().sum(), weights, allow_unused=True)
+def _total(outputs: Batch, batch: Batch) -> torch.Tensor:
+    """A loss that asks for a gradient of every output."""
+    sums = [each.float().sum() for each in outputs.values() if each.requires_grad]
+    return sum(sums[1:], start=sums[0])
 
 
 def _in_a_line(why: BaseException | str) -> str:

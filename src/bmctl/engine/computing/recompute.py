@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
+from bmctl.engine.effects import copy_buffers, with_buffers
 from bmctl.engine.modules.blocks import find_blocks
-from bmctl.engine.modules.buffers import copy_buffers, with_buffers
 from bmctl.errors import UnsupportedError
 
 

@@ -18,19 +18,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from torch import nn
 
+from bmctl.engine.batch import Batch, moved
 from bmctl.engine.computing.precision import Precision
-from bmctl.engine.modules.buffers import copy_buffers, with_buffers
+from bmctl.engine.computing.trial import Loss, Pass, trial
 from bmctl.engine.parallel import Group, Vote
-from bmctl.engine.randomness import random_state, set_random_state
-
-Batch = tuple[torch.Tensor, torch.Tensor]
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 NUM_BATCHES = 2
 MAX_LOSS_CHANGE = 0.05
@@ -41,21 +37,15 @@ _MILLIONTH = 1_000_000
 _SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """One forward and backward pass: the loss, and a gradient per parameter that has one."""
-
-    loss: float
-    gradients: list[torch.Tensor | None]
-
-    @property
-    def is_finite(self) -> bool:
-        there = [gradient for gradient in self.gradients if gradient is not None]
-        return math.isfinite(self.loss) and all(bool(gradient.isfinite().all()) for gradient in there)
-
-
 def check(
-    precision: Precision, *, model: nn.Module, loss: Loss, batches: Iterable[Batch], device: torch.device, group: Group
+    precision: Precision,
+    *,
+    model: nn.Module,
+    takes: Sequence[str],
+    gives: Sequence[str],
+    loss: Loss,
+    batches: Iterable[Batch],
+    group: Group,
 ) -> tuple[Precision, str | None]:
     """The precision to train in, agreed by all ranks: the one asked about, or fp32 where that one does not hold.
 
@@ -66,10 +56,10 @@ def check(
     Nothing is changed: weights, their gradients, buffers and all generators are as before.
 
     Args:
-        model: The plain one, on its device, in training mode: not sharded, not wrapped, not compiled.
-        loss: Takes outputs and targets.
-        batches: Inputs and targets of this rank; no more than two are taken.
-        device: Where the model is.
+        model: The plain one, on the group's device, in training mode: not sharded, not wrapped, not compiled.
+        takes: Names of what it takes of a batch, in order.
+        gives: Names of what it gives.
+        batches: Of this rank; no more than two are taken.
         group: Who must agree.
 
     Returns:
@@ -77,52 +67,34 @@ def check(
     """
     if precision.name == "fp32":
         return precision, None
-    kept = random_state(device)
+
+    def run(batch: Batch, tried: Precision) -> Pass:
+        scales = _SCALES if tried.name == "fp16" else (1.0,)
+        return trial(model, batch, takes=takes, gives=gives, loss=loss, precision=tried, scales=scales)
+
     found = [0, 0, 0, 0]
     try:
-        for x, y in islice(batches, NUM_BATCHES):
-            batch = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-            found = [max(pair) for pair in zip(found, _compare(precision, model, loss, batch), strict=True)]
+        for batch in islice(batches, NUM_BATCHES):
+            here = moved(batch, group.device)
+            found = [max(pair) for pair in zip(found, _compare(precision, run, here), strict=True)]
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         found[3] = 1
-    finally:
-        set_random_state(kept, device)
     return _decide(precision, *Vote(group, found).result())
 
 
-def _compare(precision: Precision, model: nn.Module, loss: Loss, batch: Batch) -> list[int]:
+def _compare(precision: Precision, run: Callable[[Batch, Precision], Pass], batch: Batch) -> list[int]:
     """Millionths of the loss's change and of what the cosine lacks to 1; whether only fp32 is finite; 0."""
-    device = batch[0].device
-    start = random_state(device)
-    exact = _run(_fp32(precision), model, loss, batch)
+    exact = run(batch, _fp32(precision))
     if not exact.is_finite:
         return [0, 0, 0, 0]
-    set_random_state(start, device)
-    rounded = _run(precision, model, loss, batch)
+    rounded = run(batch, precision)
     if not rounded.is_finite:
         return [0, 0, 1, 0]
     change = abs(rounded.loss - exact.loss) / max(1.0, abs(exact.loss))
     # What is learned already has gradients below the smallest number of fp16; they may be lost.
     cosine = _cosine(exact.gradients, rounded.gradients) if abs(exact.loss) > _SMALL_LOSS else 1.0
     return [min(round(change * _MILLIONTH), 2**62), round((1 - cosine) * _MILLIONTH), 0, 0]
-
-
-def _run(precision: Precision, model: nn.Module, loss: Loss, batch: Batch) -> _Pass:
-    x, y = batch
-    weights = [each for each in model.parameters() if each.requires_grad]
-    scales = _SCALES if precision.name == "fp16" else (1.0,)
-    with precision.applied(), torch.enable_grad(), with_buffers(copy_buffers(model)):
-        with precision.autocast(x.device):
-            outputs = model(x)
-        value = loss(outputs, y)
-        for scale in scales:
-            is_last = scale == scales[-1]
-            scaled = torch.autograd.grad(value * scale, weights, retain_graph=not is_last, allow_unused=True)
-            found = _Pass(float(value.detach()), [None if each is None else each / scale for each in scaled])
-            if is_last or found.is_finite:
-                break
-    return found
 
 
 def _cosine(ones: Sequence[torch.Tensor | None], others: Sequence[torch.Tensor | None]) -> float:

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Self
-
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from typing import Any
 
 from bmctl import store
-from bmctl.backends import BACKENDS
+from bmctl.backends import BACKENDS, eager
 from bmctl.core import onnxfile
-from bmctl.core.runner import Batched, Bounds, Runner, check_feed
+from bmctl.core.runner import Batched, Runner
 from bmctl.engine.artifacts import parity
-from bmctl.engine.artifacts.deployed import SAMPLE, Deployed, open_deployed, open_runner
+from bmctl.engine.artifacts.deployed import Deployed, DeployedPart, open_deployed, open_runners, read_sample
+from bmctl.engine.artifacts.finding import kind_of
+from bmctl.engine.artifacts.opening import backend_of, open_parts
+from bmctl.engine.artifacts.recording import Call, replay, stretched
+from bmctl.engine.artifacts.graphrunner import open_graph
 from bmctl.engine.evaluation import measure
 from bmctl.errors import DataError, DependencyError, PackageError, ResourceError, UnsupportedError, UsageError
-from bmctl.package import ModelPackage, find_package, load_model
-from bmctl.schema import Preprocess, Signature
+from bmctl.inputs import Resolved
+from bmctl.package import GRAPHS, PART, ModelPackage, find_package
 
 ROUNDS = 5
 EAGER = "eager"
-MAX_PEEK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -36,18 +32,21 @@ class Chosen:
     """An open model, and what it takes to feed and to read it.
 
     Attributes:
-        runner: To be closed by whoever asked.
+        runners: By part; they take any number of samples.
+        stack: Closes them; for whoever asked.
         backend: A name of BACKENDS, or `eager`.
         why: How it came to be this one, for the user.
-        preprocess: The training's; None where nothing is known of it.
-        class_names: In the order of the logits; empty where unknown.
+        given: How samples become what the parts take; None where nothing is known of it.
+        task: Its Config as a manifest has it, and `facts` likewise; None where nothing is known.
     """
 
-    runner: Runner
+    runners: Mapping[str, Runner]
+    stack: ExitStack
     backend: str
     why: str
-    preprocess: Preprocess | None = None
-    class_names: tuple[str, ...] = ()
+    given: Resolved | None = None
+    task: dict[str, Any] | None = None
+    facts: dict[str, Any] | None = None
 
 
 def open_source(source: Path, *, backend: str = "auto", batch_size: int = 64) -> Chosen:
@@ -74,7 +73,8 @@ def open_source(source: Path, *, backend: str = "auto", batch_size: int = 64) ->
     if (source / "packages").is_dir():
         return choose_runner(source, backend=backend, batch_size=batch_size)
     home = source if source.is_dir() else source.parent
-    kind = _kind(home)
+    home = home.parent if home.name == GRAPHS and source.is_file() else home
+    kind = kind_of(home)
     if kind == "deployed":
         return _open_artifact(home, file=source if source.is_file() else None, backend=backend)
     if kind == "package" or source.is_dir():
@@ -120,26 +120,24 @@ def choose_runner(run: Path, *, backend: str = "auto", batch_size: int = 64) -> 
 
 def _find_deployed(run: Path) -> list[Deployed]:
     folder = run / "deploy"
-    found = sorted(path for path in folder.iterdir() if _kind(path) == "deployed") if folder.is_dir() else []
+    found = sorted(path for path in folder.iterdir() if kind_of(path) == "deployed") if folder.is_dir() else []
     return [open_deployed(path) for path in found]
 
 
 def _fastest(package: ModelPackage, deployed: Sequence[Deployed], *, batch_size: int) -> Chosen:
     reasons: list[str] = [] if deployed else ["nothing was deployed"]
-    calls: dict[str, tuple[Runner, dict[str, np.ndarray]]] = {}
-    with contextlib.ExitStack() as stack:
+    runs: dict[str, Callable[[], object]] = {}
+    with ExitStack() as stack:
         for one in deployed:
             try:
                 if one.manifest.package != package.hash:
                     raise PackageError(f"not built from the newest package, {package.path.name}")
-                runner = stack.enter_context(_open(one))
-                calls[one.path.name] = (Batched(runner), _check_sample(one, runner, batch_size=batch_size))
+                runners = _batched(open_runners(one, stack))
+                runs[one.path.name] = _replay(runners, _checked_sample(one, runners, batch_size=batch_size))
             except (DependencyError, PackageError, ResourceError, UnsupportedError) as error:
                 reasons.append(f"{one.path.name}: {error.message}")
-        times = measure.latency(
-            {n: functools.partial(runner.run, feed) for n, (runner, feed) in calls.items()}, rounds=ROUNDS
-        )
-    if not calls:
+        times = measure.latency(runs, rounds=ROUNDS)
+    if not runs:
         chosen = _open_package(package, backend="auto")
         return replace(chosen, why="; ".join([chosen.why, *reasons]))
     ranking = sorted(times, key=lambda name: times[name].p50_ms)
@@ -149,84 +147,87 @@ def _fastest(package: ModelPackage, deployed: Sequence[Deployed], *, batch_size:
     return _serve(best, why="; ".join([why, *reasons]))
 
 
-def _check_sample(one: Deployed, runner: Runner, *, batch_size: int) -> dict[str, np.ndarray]:
-    """Compare the runner with the artifact's recorded sample; returns a batch of `batch_size` made of it."""
-    source, target = runner.signature.inputs[0].name, runner.signature.outputs[0].name
+def _replay(runners: Mapping[str, Runner], calls: Sequence[Call]) -> Callable[[], object]:
+    return lambda: replay(runners, calls)
+
+
+def _checked_sample(one: Deployed, runners: Mapping[str, Runner], *, batch_size: int) -> list[Call]:
+    """Compare the runners with the artifact's recorded calls; returns these, of `batch_size` samples each."""
+    calls = read_sample(one)
     try:
-        sample = load_file(one.path / SAMPLE)
-        got = Batched(runner).run({source: sample[source]})[target]
-        result = _compare(one, sample[target], got)
-    except (KeyError, ValueError, OSError, SafetensorError) as error:
-        raise PackageError(f"its {SAMPLE} does not hold its inputs and outputs: {error}") from error
+        found = [_compare(one, call, runners[call.part].run(call.feed)) for call in calls]
     except DataError as error:
         raise PackageError(f"does not take its own sample: {error.message}") from error
-    if not result.passed:
-        raise PackageError(f"wrong on this machine: {result}")
-    return {source: np.resize(sample[source], (batch_size, *sample[source].shape[1:]))}
+    if not all(result.passed for result in found):
+        raise PackageError(f"wrong on this machine: {parity.worst(found)}")
+    return [stretched(call, batch_size) for call in calls]
 
 
-def _compare(one: Deployed, reference: np.ndarray, got: np.ndarray) -> parity.Parity:
+def _compare(one: Deployed, call: Call, got: Mapping[str, Any]) -> parity.Parity:
     """By the measure that it was proven with; one that never ran yet, by the precision of its graph."""
-    manifest = one.manifest
-    if manifest.parity is not None:
-        limits = manifest.parity.tolerance, manifest.parity.min_agreement
+    part: DeployedPart = one.manifest.parts[call.part]
+    if part.parity is not None:
+        limits = part.parity.tolerance, part.parity.min_agreement
     else:
-        rounded = "fp16" if manifest.precision == "fp32" and manifest.config.get("tf32") else manifest.precision
+        rounded = "fp16" if part.precision == "fp32" and one.manifest.config.get("tf32") else part.precision
         limits = parity.TOLERANCE[rounded], parity.AGREEMENT[rounded]
-    tolerance, min_agreement = limits
-    return parity.compare(reference, got, tolerance=tolerance, min_agreement=min_agreement, source="its sample")
-
-
-def _open(one: Deployed) -> Runner:
-    if one.artifact.suffix == ".onnx":
-        onnxfile.check_onnx(one.artifact)  # its hash says that it is what the manifest names, not who wrote both
-    return open_runner(one)
+    return parity.compare_all(
+        call.outputs,
+        got,
+        outputs=part.signature.outputs,
+        tolerance=limits[0],
+        min_agreement=limits[1],
+        source="its sample",
+    )
 
 
 def _serve(one: Deployed, *, why: str) -> Chosen:
-    manifest = one.manifest
-    return Chosen(_open(one), manifest.backend, why, manifest.preprocess, tuple(manifest.class_names))
+    stack, manifest = ExitStack(), one.manifest
+    runners = _batched(_opened(one, stack))
+    return Chosen(runners, stack, manifest.backend, why, one.given, manifest.task, manifest.facts)
+
+
+def _opened(source: ModelPackage | Deployed, stack: ExitStack) -> dict[str, Runner]:
+    """Its parts; what was opened is closed again where another fails."""
+    try:
+        return open_parts(source, stack, device=eager.choose_device(eager.Config()))
+    except BaseException:
+        stack.close()
+        raise
+
+
+def _batched(runners: Mapping[str, Runner]) -> dict[str, Runner]:
+    return {part: Batched(runner) for part, runner in runners.items()}
 
 
 # -- single sources ---------------------------------------------------------------------------------
 
 
-def _kind(folder: Path) -> str:
-    """What a directory's manifest speaks of: `deployed`, `package` or nothing that is known here."""
-    path = folder / store.MANIFEST
-    if not path.is_file() or path.stat().st_size > MAX_PEEK_BYTES:
-        return ""
-    try:
-        manifest = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise PackageError(f"{path} is not JSON: {error}", hint="restore the directory, or make it again") from error
-    keys = set(manifest) if isinstance(manifest, dict) else set()
-    return "deployed" if "artifact" in keys else "package" if "stage" in keys else ""
-
-
 def _open_artifact(home: Path, *, file: Path | None, backend: str) -> Chosen:
     one = open_deployed(home)
-    if file is not None and file.name != one.manifest.artifact:
-        raise PackageError(f"{file} is not what {home / store.MANIFEST} speaks of: {one.manifest.artifact}")
+    names = [path.name for path in one.artifacts.values()]
+    if file is not None and file.name not in names:
+        raise PackageError(f"{file} is not what {home / store.MANIFEST} speaks of: {', '.join(names)}")
     if backend not in ("auto", one.manifest.backend):
         raise UsageError(f"{home} is for {one.manifest.backend}, not for {backend}", hint="leave --backend out")
     return _serve(one, why=f"{one.manifest.backend}: what {home} was built for")
 
 
 def _open_package(package: ModelPackage, *, file: Path | None = None, backend: str) -> Chosen:
-    """A module runs eagerly, a frozen package's graph on ONNX Runtime."""
+    """A module runs eagerly, a frozen package's graphs on ONNX Runtime."""
     manifest = package.manifest
-    if file is not None and file.name != package.graph.name:
+    if file is not None and file not in package.graphs.values():
         raise PackageError(f"{file} is not part of the package {package.path}")
-    own = "onnxruntime" if manifest.frozen else EAGER
+    own = backend_of(package)
     if backend not in ("auto", own):
         raise UsageError(
             f"the package {package.path} itself runs on {own}, not on {backend}",
             hint=f"bmctl export {package.path} -o RUN, then bmctl infer RUN --backend {backend}",
         )
-    runner = _open_graph(package.graph) if manifest.frozen else EagerRunner(package)
+    stack = ExitStack()
+    runners = _batched(_opened(package, stack))
     why = f"{own}: the package {package.path.name} itself"
-    return Chosen(runner, own, why, manifest.preprocess, tuple(manifest.class_names))
+    return Chosen(runners, stack, own, why, package.given, manifest.task, manifest.facts)
 
 
 def _open_bare(path: Path, *, backend: str) -> Chosen:
@@ -234,38 +235,8 @@ def _open_bare(path: Path, *, backend: str) -> Chosen:
     name = "onnxruntime" if backend == "auto" else backend
     if name not in ("onnxruntime", "openvino"):
         raise UsageError(f"an .onnx file does not run on {name}", hint=f"bmctl import {path} -o RUN; bmctl export RUN")
-    return Chosen(_open_graph(path, backend=name), name, f"{name}: {path.name} has no manifest beside it")
-
-
-def _open_graph(path: Path, *, backend: str = "onnxruntime") -> Runner:
     onnxfile.check_onnx(path)
-    module = BACKENDS[backend]
-    runner: Runner = module.open(path, config=module.Config())
-    return runner
-
-
-class EagerRunner:
-    """A package's module in fp32, on the GPU where there is one; see core.runner.Runner."""
-
-    def __init__(self, package: ModelPackage) -> None:
-        import torch
-
-        from bmctl.engine.evaluation.evaluate import eager_part
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._part = eager_part(load_model(package), device)
-        self.signature = Signature(inputs=package.manifest.inputs, outputs=package.manifest.outputs)
-        self.bounds: dict[str, Bounds] = {}
-
-    def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One batch."""
-        checked = check_feed(feed, inputs=self.signature.inputs)
-        return {self.signature.outputs[0].name: self._part(checked[self.signature.inputs[0].name])}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._part = lambda x: x[:0]
+    stack, module = ExitStack(), BACKENDS[name]
+    opened = open_graph(path) if name == "onnxruntime" else module.open(path, config=module.Config())
+    runners = _batched({PART: stack.enter_context(opened)})
+    return Chosen(runners, stack, name, f"{name}: {path.name} has no manifest beside it")

@@ -5,70 +5,35 @@ from __future__ import annotations
 import shlex
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors.numpy import save_file
-
 from bmctl import store
-from bmctl.backends import BACKENDS
-from bmctl.core import onnxfile, onnxgraph
-from bmctl.core.noise import Feed, complete_axes, noise
-from bmctl.core.runner import Batched, Runner, rows
+from bmctl.backends import BACKENDS, sibling
+from bmctl.core.runner import Batched
 from bmctl.engine.artifacts import parity
-from bmctl.engine.artifacts.deployed import SAMPLE, Deployed, DeployManifest, open_deployed
-from bmctl.engine.artifacts.graph import export_onnx
-from bmctl.engine.artifacts.reference import open_reference
-from bmctl.engine.artifacts.samples import foreign_feeds
+from bmctl.engine.artifacts.deployed import (
+    SAMPLE,
+    Deployed,
+    DeployedPart,
+    DeployManifest,
+    open_deployed,
+    save_sample,
+)
+from bmctl.engine.artifacts.recording import Call, cut
 from bmctl.engine.context import StageContext
-from bmctl.engine.evaluation import measure
-from bmctl.engine.evaluation.evaluate import eager_part
-from bmctl.engine.loading.data import array_batches, open_split
+from bmctl.engine.deployment.reference import Reference, make_reference
+from bmctl.engine.evaluation import feeds, measure
 from bmctl.errors import GateError, ResourceError, UsageError
-from bmctl.package import ModelPackage, load_model
+from bmctl.package import ModelPackage, write_files
 from bmctl.processes.signals import interrupted
-from bmctl.schema import BATCH, Preprocess, Signature, Span, TensorSpec
 
 STAGE = "export"
-NUM_COMPARED = 64
 NUM_KEPT = 8
-"""Samples compared at once, and how many of them travel with the artifact."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """What every backend of one export is given.
-
-    Attributes:
-        graph: The checked ONNX file.
-        feeds: Samples of validation, the user's own, or noise where there are no data; some of the first are kept.
-        answers: The reference's outputs for each.
-        axes: Sizes of all its free axes: the recipe's, and for a foreign graph those that were found.
-        reference: What computed them, in words.
-    """
-
-    graph: Path
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    precision: onnxgraph.Precision
-    feeds: Sequence[Feed]
-    answers: Sequence[Feed]
-    axes: Mapping[str, Span]
-    reference: str
-
-
-def choose_tensorrt() -> tuple[str, str]:
-    """The backend that `--tensorrt` means on this machine, and why."""
-    module = BACKENDS["tensorrt"]
-    reason = module.unavailable(module.Config())
-    if not reason:
-        return "tensorrt", "TensorRT and an NVIDIA GPU are here"
-    return "tensorrt_rtx", f"{reason}; TensorRT-RTX builds anywhere, for SM75 to SM121 without SM90 and SM100"
+"""Samples that travel with an artifact."""
+COARSENESS = ("fp32", "fp16", "bf16", "int8")
 
 
 def export_package(
@@ -99,10 +64,10 @@ def export_package(
         folder = Path(tempfile.mkdtemp(prefix=".graph-", dir=into))
         try:
             _check_stop(context)
-            source = _source(context, package, folder)
+            reference = make_reference(context, package, folder)
             for config in todo:
                 _check_stop(context)
-                found[config.name] = _deploy(context, package, source, config=config, target=into / config.name)
+                found[config.name] = _deploy(context, package, reference, config=config, target=into / config.name)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return [one for one in found.values() if one is not None]
@@ -128,118 +93,56 @@ def _finished(context: StageContext, package: ModelPackage, config: Any, target:
     return None if is_provable else one
 
 
-# -- the graph and its reference --------------------------------------------------------------------
-
-
-def _source(context: StageContext, package: ModelPackage, folder: Path) -> Source:
-    """The package's graph, made or checked, and reference outputs on samples."""
-    manifest = package.manifest
-    axes = {**manifest.axes, **context.recipe.export.axes}
-    if not manifest.frozen:
-        return _exported(context, package, folder, axes=axes)
-    graph = package.graph
-    onnxfile.check_onnx(graph)
-    signature = Signature(inputs=manifest.inputs, outputs=manifest.outputs)
-    axes = complete_axes(signature, axes)
-    sample = context.recipe.export.sample
-    with open_reference(graph, signature=signature) as (runner, reference):
-        if context.recipe.data is not None and manifest.preprocess is not None:
-            feeds = [{manifest.inputs[0].name: _samples(context, manifest.preprocess)}]
-        else:
-            what = sample or "noise made from the signature: there are no data"
-            context.emit({"event": "note", "stage": STAGE, "text": f"parity is checked on {what}"})
-            asked = Path(sample) if sample is not None else None
-            feeds = foreign_feeds(graph, runner, signature=signature, axes=axes, sample=asked)
-        answers = [_run(runner, feed) for feed in feeds]
-    outputs = _scores(manifest.outputs) if manifest.class_names else manifest.outputs
-    return Source(graph, manifest.inputs, outputs, onnxgraph.precision_of(graph), feeds, answers, axes, reference)
-
-
-def _exported(context: StageContext, package: ModelPackage, folder: Path, *, axes: Mapping[str, Span]) -> Source:
-    """The graph of a module, exported now, and what the module gives."""
-    manifest, model = package.manifest, load_model(package)
-    if context.recipe.data is not None and manifest.preprocess is not None:
-        x = _samples(context, manifest.preprocess)
-    else:
-        text = "parity is checked on noise made from the signature: there are no data"
-        context.emit({"event": "note", "stage": STAGE, "text": text})
-        given = Signature(inputs=manifest.inputs, outputs=manifest.outputs)
-        sizes = {axis: NUM_COMPARED if axis == BATCH else axes[axis].opt for axis in given.axes}
-        x = noise(given, sizes=sizes)[manifest.inputs[0].name]
-    graph = folder / "model.onnx"
-    names = {
-        "input_name": manifest.inputs[0].name if manifest.inputs else "input",
-        "output_name": manifest.outputs[0].name if manifest.outputs else "logits",
-    }
-    try:
-        notes = export_onnx(model, example=torch.from_numpy(x[:2]), out=graph, **names)
-    except GateError:
-        _keep_rejected(folder / "model.onnx.rejected", folder.parent / "model.onnx.rejected")
-        raise
-    for text in notes:
-        context.emit({"event": "note", "stage": STAGE, "text": text})
-    found = onnxgraph.read_signature(graph)
-    inputs, outputs = _with_meaning(found.inputs, manifest.inputs), _with_meaning(found.outputs, manifest.outputs)
-    outputs = _scores(outputs)
-    y = {outputs[0].name: eager_part(model)(x)}
-    return Source(graph, inputs, outputs, onnxgraph.precision_of(graph), [{inputs[0].name: x}], [y], axes, "eager")
-
-
-def _scores(outputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-    return tuple(spec.model_copy(update={"role": "scores"}) for spec in outputs)
-
-
-def _samples(context: StageContext, preprocess: Preprocess) -> np.ndarray:
-    """float32 [NUM_COMPARED, ...]: the first validation samples, over again where there are fewer."""
-    split = open_split(context.recipe, name="val", preprocess=preprocess)
-    x, _ = next(iter(array_batches(split, batch_size=NUM_COMPARED)))
-    return np.resize(x, (NUM_COMPARED, *x.shape[1:]))
-
-
-def _with_meaning(found: Sequence[TensorSpec], known: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-    meanings = {spec.name: spec.meaning for spec in known}
-    return tuple(spec.model_copy(update={"meaning": meanings.get(spec.name, "")}) for spec in found)
-
-
 # -- one artifact -----------------------------------------------------------------------------------
 
 
-def _deploy(context: StageContext, package: ModelPackage, source: Source, *, config: Any, target: Path) -> Deployed:
-    module = BACKENDS[config.name]
-    signature = Signature(inputs=source.inputs, outputs=source.outputs)
+def _deploy(
+    context: StageContext, package: ModelPackage, reference: Reference, *, config: Any, target: Path
+) -> Deployed:
+    module, manifest = BACKENDS[config.name], package.manifest
     context.emit({"event": "note", "stage": STAGE, "text": f"building {target}"})
     with store.publishing(target, overwrite=context.overwrite or _is_unproven(target)) as folder:
-        artifact = folder / f"model{module.SUFFIX}"
-        meta = module.build(source.graph, config=config, signature=signature, axes=source.axes, out=artifact)
         reason = module.unavailable(config)
-        for text in meta.get("mended", ()):
-            context.emit({"event": "note", "stage": STAGE, "text": f"{config.name}: {text}"})
-        result = None if reason else _check_parity(module, artifact, config, meta, source, target=target)
-        _save_sample(folder / SAMPLE, source)
-        manifest = DeployManifest(
+        parts: dict[str, DeployedPart] = {}
+        for name, graph in reference.graphs.items():
+            artifact, signature = folder / f"{name}{module.SUFFIX}", manifest.parts[name]
+            axes = feeds.axes_of(context, manifest, signature)
+            meta = module.build(graph, config=config, signature=signature, axes=axes, out=artifact)
+            for text in meta.get("mended", ()):
+                context.emit({"event": "note", "stage": STAGE, "text": f"{config.name}: {text}"})
+            one = DeployedPart(
+                artifact=artifact.name,
+                signature=signature,
+                precision=reference.precisions[name],
+                parity=None,
+                meta=meta,
+            )
+            proof = None if reason else _check_parity(module, artifact, config, one, name, reference, target=target)
+            parts[name] = one.model_copy(update={"parity": proof})
+        save_sample(folder / SAMPLE, _kept(reference))
+        write_files(folder, package.given.files if package.given else {})
+        about = DeployManifest(
             backend=config.name,
             config=config.model_dump(mode="json"),
             package=package.hash,
-            artifact=artifact.name,
+            parts=parts,
             axes=context.recipe.export.axes,
-            inputs=source.inputs,
-            outputs=source.outputs,
-            preprocess=package.manifest.preprocess,
-            class_names=package.manifest.class_names,
-            task=package.manifest.task,
-            precision=source.precision,
+            input=manifest.input,
+            task=manifest.task,
+            facts=manifest.facts,
+            precision=max((part.precision for part in parts.values()), key=COARSENESS.index),
             status="built, not run" if reason else "ran",
             reason=reason,
-            parity=result,
-            meta=meta,
             machine=measure.machine(),
             files=store.records(folder),
             command_elsewhere=_command_elsewhere(context, package, config),
         )
-        store.write_manifest(folder, manifest)
-    text = f"{target.name}: {source.precision}, " + (f"built, not run: {reason}" if reason else str(result))
-    context.emit({"event": "note", "stage": STAGE, "text": text})
-    return Deployed(path=target, manifest=manifest)
+        store.write_manifest(folder, about)
+    for name, part in parts.items():
+        of = f"{target.name}: " + (f"{name}: " if len(parts) > 1 else "")
+        text = f"{of}{part.precision}, " + (f"built, not run: {reason}" if reason else str(part.parity))
+        context.emit({"event": "note", "stage": STAGE, "text": text})
+    return Deployed(path=target, manifest=about)
 
 
 def _is_unproven(target: Path) -> bool:
@@ -248,53 +151,41 @@ def _is_unproven(target: Path) -> bool:
 
 
 def _check_parity(
-    module: ModuleType, artifact: Path, config: Any, meta: dict[str, Any], source: Source, *, target: Path
+    module: ModuleType, artifact: Path, config: Any, one: DeployedPart, name: str, reference: Reference, *, target: Path
 ) -> parity.Parity:
-    precision = _computed_in(config, meta, source.precision)
-    signature = Signature(inputs=source.inputs, outputs=source.outputs)
-    with module.open(artifact, config=config, signature=signature, meta=meta) as runner:
+    """The worst of all recorded calls of one part."""
+    precision = computed_in(config, one.meta, one.precision)
+    limits = {"tolerance": parity.TOLERANCE[precision], "min_agreement": parity.AGREEMENT[precision]}
+    outputs = one.signature.outputs
+    with module.open(artifact, config=config, signature=one.signature, meta=one.meta) as runner:
+        batched = Batched(runner)
         found = [
-            parity.compare_all(
-                answers,
-                _run(runner, feed),
-                outputs=source.outputs,
-                tolerance=parity.TOLERANCE[precision],
-                min_agreement=parity.AGREEMENT[precision],
-                source=source.reference,
-            )
-            for feed, answers in zip(source.feeds, source.answers, strict=True)
+            parity.compare_all(call.outputs, batched.run(call.feed), outputs=outputs, source=reference.words, **limits)
+            for call in reference.calls
+            if call.part == name
         ]
-    result = next((one for one in found if not one.passed), found[0])
+    result = parity.worst(found)
     if not result.passed:
         rejected = target.with_name(f"{target.name}{module.SUFFIX}.rejected")
         _keep_rejected(artifact, rejected)
         raise GateError(
-            f"{config.name} computes something else than {source.reference}: {result}; kept as {rejected}",
+            f"{config.name} computes something else than {reference.words}: {result}; kept as {rejected}",
             hint="export to another backend, or look for the operator that differs with the kept file",
         )
     return result
 
 
-def _computed_in(config: Any, meta: dict[str, Any], precision: onnxgraph.Precision) -> onnxgraph.Precision:
+def computed_in(config: Any, meta: Mapping[str, Any], precision: str) -> str:
     """The coarsest precision that the backend computes in."""
     if precision == "fp32" and meta.get("precision") == "bf16":
         return "bf16"
     return "fp16" if precision == "fp32" and getattr(config, "tf32", False) else precision
 
 
-def _run(runner: Runner, feed: Feed) -> Feed:
-    """The outputs of all samples, in batches that the runner takes."""
-    return Batched(runner).run(feed)
-
-
-def _save_sample(path: Path, source: Source) -> None:
-    """Some samples with the reference's outputs; all of them where a graph has no axis of samples."""
-    axes = {spec.name: spec.shape.index(BATCH) for spec in (*source.inputs, *source.outputs) if BATCH in spec.shape}
-    cut = all(spec.name in axes for spec in (*source.inputs, *source.outputs))
-    answers = {name if name not in source.feeds[0] else f"{name}.out": a for name, a in source.answers[0].items()}
-    arrays = {**source.feeds[0], **answers}
-    kept = {name: rows(array, axes.get(name), 0, NUM_KEPT) if cut else array for name, array in arrays.items()}
-    save_file({name: np.ascontiguousarray(array) for name, array in kept.items()}, path)
+def _kept(reference: Reference) -> Iterator[Call]:
+    """The first call of each part, and of that a few samples."""
+    for name in reference.graphs:
+        yield cut(next(call for call in reference.calls if call.part == name), NUM_KEPT)
 
 
 def _keep_rejected(source: Path, target: Path) -> None:
@@ -303,6 +194,6 @@ def _keep_rejected(source: Path, target: Path) -> None:
 
 
 def _command_elsewhere(context: StageContext, package: ModelPackage, config: Any) -> str:
-    if config.name != "tensorrt_rtx":
-        return ""
-    return shlex.join(["bmctl", "export", str(package.path), "--backend", "tensorrt", "-o", str(context.run)])
+    other = sibling(config.name)
+    command = ["bmctl", "export", str(package.path), "--backend", other, "-o", str(context.run)]
+    return shlex.join(command) if other else ""

@@ -6,44 +6,47 @@ import csv
 import io
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from bmctl.core.runner import Batched, batch_axes
-from bmctl.engine.deployment.choose import Chosen, choose_runner, open_source
-from bmctl.engine.deployment.requests import OnBad, Requests, open_requests
-from bmctl.errors import DivergedError, PackageError, UnsupportedError
+from bmctl.core.requests import OnBad, Requests
+from bmctl.core.runner import batch_axes
+from bmctl.engine.artifacts.opening import task_of
+from bmctl.engine.deployment.choose import Chosen, open_source
+from bmctl.engine.deployment.requests import open_requests
+from bmctl.errors import PackageError, UnsupportedError
+from bmctl.package import PART
 from bmctl.schema import Emit
+from bmctl.tasks import TASKS
 
-__all__ = ["COLUMNS", "Prediction", "choose_runner", "predict", "to_csv", "to_jsonl"]
-
-COLUMNS = ("input", "class_name", "class_index", "score")
 EVENT_PERIOD_S = 0.5
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the model says of one sample.
-
-    Attributes:
-        input: The image's path, or `file.npz#3` for the fourth sample of an array.
-        class_name: The likeliest class; its index as text where the classes have no names.
-        score: Softmax of its logit.
-        top: The likeliest classes with their scores, best first.
-    """
-
-    input: str
-    class_name: str
-    class_index: int
-    score: float
-    top: tuple[tuple[str, float], ...]
+Prediction = Mapping[str, Any]
+"""JSON: ``input``, which sample it is of, such as a path or ``file.npz#3``; the rest is the task's."""
 
 
 def _silent(event: Mapping[str, object]) -> None:
     pass
+
+
+class Predictions:
+    """What a model says of one sample after the other; to be read once.
+
+    Attributes:
+        columns: Of a table of them.
+    """
+
+    def __init__(self, found: Iterator[Prediction], task: Any) -> None:
+        self._found, self._task = found, task
+        self.columns: tuple[str, ...] = ("input", *task.COLUMNS)
+
+    def __iter__(self) -> Iterator[Prediction]:
+        return self._found
+
+    def words(self, one: Prediction) -> str:
+        """A prediction in a few words."""
+        text: str = self._task.words(one)
+        return text
 
 
 def predict(
@@ -52,86 +55,97 @@ def predict(
     *,
     backend: str = "auto",
     batch_size: int = 64,
-    top: int = 5,
     on_bad: OnBad = "refuse",
     emit: Emit = _silent,
-) -> Iterator[Prediction]:
-    """Classify every sample of `inputs`; preprocessing is the training's, from the manifest.
+) -> Predictions:
+    """Let the task predict every sample of `inputs`; samples are prepared as in training, by the manifest.
 
-    The model and the list of inputs are opened before this returns; images are decoded as predictions are read.
+    The model and the list of inputs are opened before this returns; files are read as predictions are.
 
     Args:
         artifact: A run, a package, a deploy directory, an .onnx or an engine.
-        inputs: An image, a folder, an .npz, a .csv or ``bundled:samples``; see requests.open_requests.
+        inputs: What the input is pointed at, such as a folder of images; or an .npz of arrays.
         backend: `auto`, a backend's name, or `eager`.
         batch_size: Samples per call, within what the artifact takes.
-        top: Classes in `Prediction.top`.
-        on_bad: What bad images among many do.
+        on_bad: What bad files among many do.
         emit: Notes (which artifact, and why) and progress.
 
     Raises:
         PackageError: The model is missing, corrupt or does not fit its record.
-        DataError: The inputs are missing or do not fit; while reading: all bad images by name.
-        UnsupportedError: It is no classifier.
+        DataError: The inputs are missing or do not fit; while reading: all bad files by name.
+        UnsupportedError: Nobody knows what its outputs mean.
         DivergedError: Its outputs are not finite.
     """
-    if batch_size < 1 or top < 1:
-        raise ValueError(f"batch_size and top must be at least 1, got {batch_size} and {top}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     chosen = open_source(Path(artifact), backend=backend, batch_size=batch_size)
     try:
         emit({"event": "note", "stage": "infer", "text": f"model: {chosen.why}"})
-        _check_classifier(chosen)
-        _, (_, high) = batch_axes(chosen.runner)
+        task, options = _reader(chosen)
+        highs = [high for axes, (_, high) in map(batch_axes, chosen.runners.values()) if axes and high is not None]
         requests = open_requests(
             inputs,
-            inputs=chosen.runner.signature.inputs,
-            preprocess=chosen.preprocess,
-            batch_size=min(batch_size, high or batch_size),
+            inputs=next(iter(chosen.runners.values())).signature.inputs,
+            given=chosen.given,
+            batch_size=min([batch_size, *highs]),
             on_bad=on_bad,
             emit=emit,
         )
     except BaseException:
-        chosen.runner.__exit__(None, None, None)
+        chosen.stack.close()
         raise
-    return _stream(chosen, requests, top=top, emit=emit)
+    return Predictions(_stream(chosen, requests, task=task, options=options, emit=emit), task)
+
+
+def _reader(chosen: Chosen) -> tuple[Any, dict[str, Any]]:
+    """The task that reads the outputs, with its config and facts; a classifier where nobody says, and it looks so."""
+    task = task_of(chosen.task)
+    if task is None:
+        outputs = chosen.runners[PART].signature.outputs
+        if len(outputs) != 1 or len(outputs[0].shape) != 2:
+            shapes = ", ".join(f"{spec.name!r} {list(spec.shape)}" for spec in outputs)
+            raise UnsupportedError(f"the model gives {shapes}; a classifier gives one output [n, classes]")
+        return TASKS["classify"], {"config": TASKS["classify"].Config(), "facts": None}
+    options = {"config": task.Config.model_validate(chosen.task), "facts": task.Facts.model_validate(chosen.facts)}
+    told = task.signatures(next(iter(chosen.runners.values())).signature.inputs, options["facts"])
+    for part, runner in chosen.runners.items():
+        for want, got in zip(told[part].outputs, runner.signature.outputs, strict=True):
+            fixed = zip(want.shape, got.shape, strict=False)
+            if any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in fixed):
+                raise PackageError(
+                    f"{part} gives {got.name!r} {list(got.shape)}, its manifest's facts {list(want.shape)}"
+                )
+    return task, options
 
 
 def to_jsonl(predictions: Iterable[Prediction]) -> Iterator[str]:
-    """One JSON object per sample, without line ends: input, class_name, class_index, score, top."""
-    for one in predictions:
-        best = [{"class_name": name, "score": round(score, 6)} for name, score in one.top]
-        record = {"input": one.input, "class_name": one.class_name, "class_index": one.class_index}
-        yield json.dumps(record | {"score": round(one.score, 6), "top": best})
+    """One JSON object per sample, without line ends."""
+    return (json.dumps(one) for one in predictions)
 
 
-def to_csv(predictions: Iterable[Prediction]) -> Iterator[str]:
-    """A header with COLUMNS, then one line per sample, without line ends."""
-    yield ",".join(COLUMNS)
+def to_csv(predictions: Iterable[Prediction], *, columns: Sequence[str]) -> Iterator[str]:
+    """A header with the columns, then one line per sample, without line ends."""
+    yield ",".join(columns)
     for one in predictions:
         line = io.StringIO()
-        csv.writer(line, lineterminator="").writerow([one.input, one.class_name, one.class_index, f"{one.score:.6f}"])
+        csv.writer(line, lineterminator="").writerow([_cell(one[name]) for name in columns])
         yield line.getvalue()
 
 
-def _check_classifier(chosen: Chosen) -> None:
-    outputs = chosen.runner.signature.outputs
-    if len(outputs) != 1 or len(outputs[0].shape) != 2:
-        shapes = ", ".join(f"{spec.name!r} {list(spec.shape)}" for spec in outputs)
-        raise UnsupportedError(f"the model gives {shapes}; a classifier gives one output [n, classes]")
-    num_classes, num_names = outputs[0].shape[1], len(chosen.class_names)
-    if num_names and isinstance(num_classes, int) and num_classes != num_names:
-        raise PackageError(f"the model has {num_classes} classes, its manifest names {num_names}")
+def _cell(value: object) -> object:
+    return f"{value:.6f}" if isinstance(value, float) else value
 
 
-def _stream(chosen: Chosen, requests: Requests, *, top: int, emit: Emit) -> Iterator[Prediction]:
+def _stream(
+    chosen: Chosen, requests: Requests, *, task: Any, options: Mapping[str, Any], emit: Emit
+) -> Iterator[Prediction]:
     start = told = time.monotonic()
     done = 0
     emit({"event": "start", "stage": "infer", "steps": requests.num_samples})
-    batched = Batched(chosen.runner)
-    with chosen.runner:
+    with chosen.stack:
         for batch in requests.batches:
-            logits = batched.run(batch.feed)[chosen.runner.signature.outputs[0].name]
-            yield from _read(logits, names=batch.names, class_names=chosen.class_names, top=top)
+            found = task.predict(chosen.runners, batch.fields, **options)
+            yield from ({"input": name, **one} for name, one in zip(batch.names, found, strict=True))
             done += len(batch.names)
             now = time.monotonic()
             if now - told >= EVENT_PERIOD_S:
@@ -145,21 +159,3 @@ def _progress(done: int, total: int, *, seconds: float) -> dict[str, object]:
     rate = done / max(seconds, 1e-9)
     event = {"event": "step", "stage": "infer", "step": done, "steps": total}
     return event | {"samples_per_s": rate, "eta_s": (total - done) / max(rate, 1e-9)}
-
-
-def _read(logits: np.ndarray, *, names: Iterable[str], class_names: tuple[str, ...], top: int) -> Iterator[Prediction]:
-    """Softmax in double precision; equal scores keep the order of the classes.
-
-    Args:
-        logits: float [n, classes].
-    """
-    if not np.isfinite(logits).all():
-        raise DivergedError("the model's outputs hold nan or inf", hint="bmctl evaluate tells which stage broke it")
-    z = logits.astype(np.float64)
-    scores = np.exp(z - z.max(axis=1, keepdims=True))
-    scores /= scores.sum(axis=1, keepdims=True)
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :top]
-    labels = class_names or tuple(str(i) for i in range(logits.shape[1]))
-    for name, row, best in zip(names, scores, order, strict=True):
-        ranked = tuple((labels[i], float(row[i])) for i in best)
-        yield Prediction(input=name, class_name=ranked[0][0], class_index=int(best[0]), score=ranked[0][1], top=ranked)

@@ -6,23 +6,23 @@ All artifacts that run here are timed in interleaved rounds, so that their ratio
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-
-import numpy as np
-from safetensors.numpy import load_file
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 
 from bmctl import store
-from bmctl.core.noise import Feed
-from bmctl.core.runner import Runner, batch_axes
-from bmctl.engine.artifacts.deployed import SAMPLE, Deployed, open_runner
-from bmctl.engine.artifacts.samples import batch_of, of_batch
+from bmctl.backends import BACKENDS
+from bmctl.core.runner import Batched, Runner, batch_axes
+from bmctl.engine.artifacts.deployed import Deployed, open_runners
+from bmctl.engine.artifacts.recording import Call, replay
 from bmctl.engine.context import StageContext
-from bmctl.engine.evaluation import measure
+from bmctl.engine.evaluation import feeds, measure
 from bmctl.engine.evaluation.appraise import has_metric
 from bmctl.engine.evaluation.evaluate import evaluate_artifact
-from bmctl.engine.loading.data import array_batches, open_split
 from bmctl.package import ModelPackage
 from bmctl.report.rows import Measurements, Timing
+
+PEAKS = 3
+"""Times that memory is measured: peaks differ by a tenth, as freed memory is not always given back."""
 
 
 def prove(context: StageContext, *, original: ModelPackage, deployed: Sequence[Deployed]) -> None:
@@ -36,30 +36,28 @@ def prove(context: StageContext, *, original: ModelPackage, deployed: Sequence[D
         GateError: An artifact's outputs are not finite.
     """
     runnable = [one for one in deployed if one.manifest.status == "ran"]
-    if has_metric(context, original.manifest.preprocess):
+    if has_metric(context, original.given):
         for path in (original.path, *(one.path for one in runnable)):
             evaluate_artifact(context, path, split="test")
     else:
         context.emit({"event": "note", "text": "no task and data: only parity, latency and size are measured"})
-    _time(context, runnable)
+    _time(context, original, runnable)
 
 
-def _time(context: StageContext, runnable: Sequence[Deployed]) -> None:
+def _time(context: StageContext, original: ModelPackage, runnable: Sequence[Deployed]) -> None:
+    """The same recorded calls on every artifact: of one batch, by the first of them that takes it."""
     config = context.recipe.export.measure
     with contextlib.ExitStack() as stack:
-        runs, batch_size = {}, config.batch_size
-        for one in runnable:
-            runner = stack.enter_context(open_runner(one))
-            feed = _feed(context, one, runner, size=config.batch_size)
-            batch_size = batch_of(feed, signature=runner.signature)
-            runs[str(one.path.relative_to(context.run / "deploy"))] = (runner.run, feed)
-        if not runs:
+        opened = {str(one.path.relative_to(context.run / "deploy")): open_runners(one, stack) for one in runnable}
+        if not opened:
             return
-        calls = {name: (lambda run=run, feed=feed: run(feed)) for name, (run, feed) in runs.items()}
-        latencies = measure.latency(calls, rounds=config.rounds)
-    hashes = {str(one.path.relative_to(context.run / "deploy")): one.hash for one in runnable}
+        size = _batch_size(next(iter(opened.values())), asked=config.batch_size)
+        calls = feeds.timing_calls(context, original, next(iter(opened.values())), num_samples=size)
+        latencies = measure.latency({n: _replay(runners, calls) for n, runners in opened.items()}, rounds=config.rounds)
+    timed = {str(one.path.relative_to(context.run / "deploy")): one for one in runnable}
+    peaks = {name: _peak_memory(one, calls) for name, one in timed.items()}
     found = Measurements(
-        batch_size=batch_size,
+        batch_size=size,
         machine=measure.machine(),
         artifacts={
             name: Timing(
@@ -67,8 +65,9 @@ def _time(context: StageContext, runnable: Sequence[Deployed]) -> None:
                 p90_ms=latency.p90_ms,
                 p99_ms=latency.p99_ms,
                 samples_ms=tuple(latency.samples_ms),
-                throughput=measure.throughput(latency, batch_size=batch_size),
-                artifact=hashes[name],
+                throughput=measure.throughput(latency, batch_size=size),
+                artifact=timed[name].hash,
+                peak_memory_bytes=peaks[name],
             )
             for name, latency in latencies.items()
         },
@@ -76,15 +75,28 @@ def _time(context: StageContext, runnable: Sequence[Deployed]) -> None:
     store.write_atomic(context.run / "measurements.json", found.model_dump_json(indent=1).encode())
 
 
-def _feed(context: StageContext, one: Deployed, runner: Runner, *, size: int) -> Feed:
-    """A batch of `size` samples, or of as many as the artifact takes: of validation, the user's own, or noise."""
-    about, signature = one.manifest, runner.signature
-    _, (_, high) = batch_axes(runner)
-    size = min(size, high or size)
-    if context.recipe.data is not None and about.preprocess is not None:
-        split = open_split(context.recipe, name="val", preprocess=about.preprocess)
-        x, _ = next(iter(array_batches(split, batch_size=size)))
-        return {signature.inputs[0].name: np.resize(x, (size, *x.shape[1:]))}
-    arrays = load_file(one.path / SAMPLE)
-    feed = {spec.name: arrays[spec.name] for spec in signature.inputs}
-    return of_batch(feed, signature=signature, size=size)
+def _batch_size(runners: Mapping[str, Runner], *, asked: int) -> int:
+    """What the recipe asks for, but where a graph has a batch of its own."""
+    sizes = [bounds for axes, bounds in map(batch_axes, runners.values()) if axes]
+    fixed = [low for low, high in sizes if low == high]
+    return fixed[0] if fixed else asked
+
+
+def _replay(runners: Mapping[str, Runner], calls: Sequence[Call]) -> Callable[[], object]:
+    batched = {part: Batched(runner) for part, runner in runners.items()}
+    return lambda: replay(batched, calls)
+
+
+def _peak_memory(one: Deployed, calls: Sequence[Call]) -> int | None:
+    """What opening an artifact and one batch take of the process; None for engines on a GPU, whose memory that is not.
+
+    A call alone says nothing: from the second on it takes from what a runtime keeps. Its libraries are loaded by now.
+    """
+    if BACKENDS[one.manifest.backend].DEVICE != "cpu":
+        return None
+
+    def once() -> None:
+        with contextlib.ExitStack() as stack:
+            _replay(open_runners(one, stack), calls)()
+
+    return round(median(measure.peak_memory_bytes(once) for _ in range(PEAKS))) or None

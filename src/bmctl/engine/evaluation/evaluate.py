@@ -1,81 +1,58 @@
-"""The task's metric on anything that maps arrays to arrays: eager module, ONNX file or engine.
+"""The task's metric on anything that runs its graphs: eager modules, ONNX files or engines.
 
-What is worth an artifact is read once: the result, with every sample's score, is kept in RUN/evaluations.
+What is worth an artifact is read once: the result, with every sample's counts, is kept in RUN/evaluations.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Self
 
 import numpy as np
-import torch
-from torch import nn
 
 from bmctl import store
 from bmctl.core import scores
 from bmctl.core.evaluation import Evaluation
-from bmctl.core.runner import Batched, Runner
-from bmctl.engine.artifacts.deployed import open_deployed, open_runner
-from bmctl.engine.artifacts.reference import open_graph
+from bmctl.core.runner import Batched, Bounds, Runner
+from bmctl.engine.artifacts.deployed import Deployed
+from bmctl.engine.artifacts.finding import find_source
+from bmctl.engine.artifacts.opening import backend_of, open_parts
 from bmctl.engine.context import StageContext
-from bmctl.engine.loading.data import Split, array_batches, open_split
+from bmctl.engine.loading.arrays import array_batches
+from bmctl.engine.loading.data import Data, open_split
+from bmctl.engine.loading.split import Split
 from bmctl.errors import DivergedError, GateError, UsageError
-from bmctl.package import find_package, load_model
+from bmctl.inputs import Resolved
+from bmctl.package import ModelPackage
 from bmctl.processes.signals import interrupted
 from bmctl.recipe import Recipe
-from bmctl.schema import Preprocess
-from bmctl.tasks import TASKS, Part
+from bmctl.tasks import TASKS
 
 BATCH_SIZE = 64
 
 
-def eager_part(model: nn.Module, device: torch.device | str = "cpu") -> Part:
-    """A module as a function of arrays, in fp32 and without gradients; it is moved to `device` and put in eval mode."""
-    model.to(device).eval()
-
-    def part(x_BCHW: np.ndarray) -> np.ndarray:
-        model.eval()
-        with torch.inference_mode():
-            outputs = model(torch.from_numpy(x_BCHW).to(device))
-        return outputs.float().cpu().numpy()
-
-    return part
-
-
-def runner_part(runner: Runner) -> Part:
-    """An open artifact's first input and first output as a function of arrays, of any number of samples."""
-    source, target = runner.signature.inputs[0].name, runner.signature.outputs[0].name
-    batched = Batched(runner)
-
-    def part(x_BCHW: np.ndarray) -> np.ndarray:
-        return batched.run({source: x_BCHW})[target]
-
-    return part
-
-
-def evaluate_part(
+def evaluate_parts(
     source: StageContext | Recipe,
-    part: Part,
+    runners: Mapping[str, Runner],
     *,
     split: str,
-    preprocess: Preprocess,
+    given: Resolved,
     artifact: str | None = None,
     backend: str = "eager",
-    batch_size: int = BATCH_SIZE,
 ) -> Evaluation:
     """Run the recipe's task metric on every sample of a split.
 
     Args:
         source: A stage's context, or a recipe alone, which keeps nothing and reports no progress.
-        part: float32 [n, C, H, W] to the model's outputs [n, ...].
+        runners: The task's graphs by name; they may take batches of any size or of one only.
         split: ``val`` or ``test``.
-        preprocess: The package's own, never the recipe's.
+        given: How samples become what the graphs take: the package's own, never the recipe's.
         artifact: SHA-256 that identifies what is evaluated; with it and a context the result is kept in
             RUN/evaluations, and the next call reads it there.
-        backend: What runs the part, such as ``eager`` or ``onnxruntime``.
+        backend: What runs them, such as ``eager`` or ``onnxruntime``.
 
     Raises:
         UsageError: The recipe has no task or no data.
@@ -85,7 +62,7 @@ def evaluate_part(
     """
     recipe = source if isinstance(source, Recipe) else source.recipe
     context = None if isinstance(source, Recipe) else source
-    samples = _open(recipe, split, preprocess)
+    samples = _open(source, split, given)
     key = None
     if context is not None and artifact is not None:
         key = _key(recipe, samples, artifact, backend, split)
@@ -93,80 +70,67 @@ def evaluate_part(
         if known is not None:
             return known
     assert recipe.task is not None  # _open has checked
-    part = _finite(part, backend)
-    batches = _batches(samples, batch_size=batch_size, split=split, context=context)
-    evaluation: Evaluation = TASKS[recipe.task.kind].evaluate({"model": part}, batches, config=recipe.task)
+    checked = {part: _Finite(Batched(runner), backend) for part, runner in runners.items()}
+    batches = _batches(samples, split=split, context=context)
+    evaluation: Evaluation = TASKS[recipe.task.kind].evaluate(checked, batches, config=recipe.task)
     if context is not None and key is not None:
         _keep(context, evaluation, key)
     return evaluation
 
 
-def evaluate_artifact(context: StageContext, source: Path, *, split: str) -> Evaluation:
+def evaluate_artifact(context: StageContext, path: Path, *, split: str) -> Evaluation:
     """The task's metric on a package, a run's newest package, or a deployed artifact; read, not run, where known.
 
     Args:
         context: Its recipe says what data and which task.
-        source: Directory of a run, of a package, or of an artifact below RUN/deploy.
+        path: Directory of a run, of a package, or of an artifact below RUN/deploy.
         split: ``val`` or ``test``.
 
     Raises:
         PackageError: Missing, corrupt, or not one of these.
-        UsageError: No preprocessing is recorded, as of a foreign graph, or the recipe has no task or no data.
+        UsageError: No input is recorded, as of a foreign graph, or the recipe has no task or no data.
         DependencyError: This machine cannot run it.
     """
-    if _is_deployed(source):
-        deployed = open_deployed(source)
-        about = deployed.manifest
-        options: dict[str, Any] = {"artifact": deployed.hash, "backend": about.backend, "split": split}
-        preprocess = _preprocess(source, about.preprocess)
-        known = find_evaluation(context, preprocess=preprocess, **options)
-        if known is not None:
-            return known
-        with open_runner(deployed) as runner:
-            return evaluate_part(context, runner_part(runner), preprocess=preprocess, **options)
-    package = find_package(source)
-    preprocess = _preprocess(package.path, package.manifest.preprocess)
-    backend = "onnxruntime" if package.manifest.frozen else "eager"
-    options = {"artifact": package.hash, "backend": backend, "split": split}
-    known = find_evaluation(context, preprocess=preprocess, **options)
+    source: ModelPackage | Deployed = find_source(path)
+    given = _input(source)
+    backend = backend_of(source)
+    known = find_evaluation(context, artifact=source.hash, backend=backend, split=split, given=given)
     if known is not None:
         return known
-    if not package.manifest.frozen:
-        part = eager_part(load_model(package), context.group.device)
-        return evaluate_part(context, part, preprocess=preprocess, **options)
-    with open_graph(package.graph) as runner:
-        return evaluate_part(context, runner_part(runner), preprocess=preprocess, **options)
+    with ExitStack() as stack:
+        runners = open_parts(source, stack, device=context.group.device)
+        return evaluate_parts(context, runners, split=split, given=given, artifact=source.hash, backend=backend)
 
 
 def find_evaluation(
-    context: StageContext, *, artifact: str, backend: str, split: str, preprocess: Preprocess
+    context: StageContext, *, artifact: str, backend: str, split: str, given: Resolved
 ) -> Evaluation | None:
     """What RUN/evaluations already knows about an artifact, so that it need not even be opened; None where nothing."""
-    return _find(context, _key(context.recipe, _open(context.recipe, split, preprocess), artifact, backend, split))
+    return _find(context, _key(context.recipe, _open(context, split, given), artifact, backend, split))
 
 
 def keep_evaluation(
-    context: StageContext, evaluation: Evaluation, *, artifact: str, backend: str, split: str, preprocess: Preprocess
+    context: StageContext, evaluation: Evaluation, *, artifact: str, backend: str, split: str, given: Resolved
 ) -> Path:
     """Write an evaluation into RUN/evaluations, such as one that was made before its package had a hash."""
-    key = _key(context.recipe, _open(context.recipe, split, preprocess), artifact, backend, split)
+    key = _key(context.recipe, _open(context, split, given), artifact, backend, split)
     return _keep(context, evaluation, key)
 
 
 def _find(context: StageContext, key: scores.Key) -> Evaluation | None:
     path = scores.path_of(context.run, artifact=key.artifact, split=key.split)
     try:
-        scored = scores.read(path)
+        filed = scores.read(path, tasks=TASKS)
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
         _note(context, f"{path} is not readable as an evaluation ({error}): evaluating again")
         return None
-    if scored.key != key:
-        names = [name for name in type(key).model_fields if getattr(key, name) != getattr(scored.key, name)]
+    if filed.key != key:
+        names = [name for name in type(key).model_fields if getattr(key, name) != getattr(filed.key, name)]
         _note(context, f"{path} is of another {', '.join(names)}: evaluating again")
         return None
-    return scores.unpack(scored)
+    return filed.evaluation
 
 
 def _keep(context: StageContext, evaluation: Evaluation, key: scores.Key) -> Path:
@@ -176,13 +140,15 @@ def _keep(context: StageContext, evaluation: Evaluation, key: scores.Key) -> Pat
     return path
 
 
-def _open(recipe: Recipe, split: str, preprocess: Preprocess) -> Split:
+def _open(source: StageContext | Recipe, split: str, given: Resolved) -> Split:
+    data = Data(source) if isinstance(source, Recipe) else source.data
+    recipe = data.recipe
     if recipe.task is None or recipe.data is None:
         raise UsageError(
             f"there is nothing to evaluate on: recipe {recipe.name!r} has no {'task' if recipe.data else 'data'}",
             hint="give a recipe with both: --recipe RECIPE",
         )
-    return open_split(recipe, name=split, preprocess=preprocess)
+    return open_split(data, name=split, given=given)
 
 
 def _key(recipe: Recipe, samples: Split, artifact: str, backend: str, split: str) -> scores.Key:
@@ -195,56 +161,60 @@ def _key(recipe: Recipe, samples: Split, artifact: str, backend: str, split: str
         split=split,
         limit=getattr(recipe.data, split).limit,
         task=recipe.task.model_dump(mode="json"),
-        preprocess=samples.preprocess.model_dump(mode="json"),
+        input=samples.given.spec.model_dump(mode="json"),
     )
 
 
-def _is_deployed(source: Path) -> bool:
-    """Whether a directory holds an artifact: its manifest says for which backend, a package's does not."""
-    try:
-        manifest = json.loads((source / store.MANIFEST).read_bytes())
-    except (OSError, ValueError):
-        return False  # find_package says what is wrong
-    return isinstance(manifest, dict) and "backend" in manifest
-
-
-def _preprocess(source: Path, preprocess: Preprocess | None) -> Preprocess:
-    if preprocess is None:
+def _input(source: ModelPackage | Deployed) -> Resolved:
+    given = source.given
+    if given is None:
         raise UsageError(
-            f"{source} does not record how images become its input, as a foreign graph's does not: it has no metric",
+            f"{source.path} does not record how samples become its input, as a foreign graph's does not: "
+            "it has no metric",
             hint="measure its parity, latency and size: bmctl export",
         )
-    return preprocess
+    return given
 
 
-def _batches(
-    samples: Split, *, batch_size: int, split: str, context: StageContext | None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _batches(samples: Split, *, split: str, context: StageContext | None) -> Iterator[dict[str, np.ndarray]]:
     done = 0
-    for x, y in array_batches(samples, batch_size=batch_size):
+    for batch in array_batches(samples, batch_size=BATCH_SIZE):
         if context is not None and context.stop.requested is not None:
             raise interrupted(context.stop.requested, "stopped during evaluation; run the same command again")
-        yield x, y
-        done += len(y)
+        yield batch
+        done = min(done + BATCH_SIZE, len(samples))
         if context is not None:
             text = f"evaluating on {split}"
             context.emit({"event": "progress", "text": text, "done": done, "total": len(samples)})
 
 
-def _finite(part: Part, backend: str) -> Part:
-    """The same part, refusing outputs with nan or inf: their metric would mean nothing."""
+class _Finite:
+    """A runner that refuses outputs with nan or inf: their metric would mean nothing. `state` is not looked at."""
 
-    def checked(x_BCHW: np.ndarray) -> np.ndarray:
-        outputs = part(x_BCHW)
-        bad = int(np.size(outputs) - np.count_nonzero(np.isfinite(outputs)))
-        if not bad:
-            return outputs
-        message = f"{bad} of {np.size(outputs)} outputs of one batch are not finite on {backend}"
-        if backend == "eager":
-            raise DivergedError(message, hint="train with a lower learning rate: --set train.optimizer.lr=...")
-        raise GateError(message, hint="fp16 overflows past 65504: cast to bf16 instead, or keep fp32")
+    def __init__(self, runner: Runner, backend: str) -> None:
+        self.signature, self.bounds = runner.signature, dict[str, Bounds](runner.bounds)
+        self._runner, self._backend = runner, backend
 
-    return checked
+    def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs = self._runner.run(feed)
+        for spec in self.signature.outputs:
+            array = outputs[spec.name]
+            if spec.role == "state" or array.dtype.kind != "f" or np.isfinite(array).all():
+                continue
+            bad = np.size(array) - int(np.count_nonzero(np.isfinite(array)))
+            message = f"{bad} of {np.size(array)} outputs of one batch are not finite on {self._backend}"
+            if self._backend == "eager":
+                raise DivergedError(message, hint="train with a lower learning rate: --set train.optimizer.lr=...")
+            raise GateError(message, hint="fp16 overflows past 65504: cast to bf16 instead, or keep fp32")
+        return outputs
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
 
 
 def _note(context: StageContext, text: str) -> None:

@@ -7,7 +7,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -70,12 +70,12 @@ def num_nonzero(model: nn.Module) -> int:
     return sum(int(torch.count_nonzero(parameter)) for parameter in model.parameters())
 
 
-def macs(model: nn.Module, example: torch.Tensor) -> int:
+def macs(model: nn.Module, fields: Sequence[torch.Tensor]) -> int:
     """Multiply-accumulates of one sample's forward pass: convolutions, matrix products, attention.
 
     Args:
         model: Left in its mode.
-        example: float32 [1 or more, ...]; the first sample is taken.
+        fields: What the model takes, by position, of one sample or more; the first sample is taken.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -89,7 +89,7 @@ def macs(model: nn.Module, example: torch.Tensor) -> int:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            model(example[:1])
+            model(*(field[:1] for field in fields))
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
     return counter.get_total_flops() // 2

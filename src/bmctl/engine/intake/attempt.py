@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from bmctl.core import onnxgraph
-from bmctl.core.halfgraph import widen
+from bmctl.core.halftypes import widen
 from bmctl.core.noise import Feed, Style, axis_size, index_limits, noise
 from bmctl.errors import DataError, UnsupportedError, first_line
 from bmctl.schema import Signature, Span, TensorSpec

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bmctl.core import onnxfile, onnxgraph
+from bmctl.core.runner import shown
 from bmctl.engine.artifacts.samples import read_sample
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import appraise, measure
-from bmctl.engine.intake.publishing import STAGE, check_data, numbered, publish
+from bmctl.engine.intake.publishing import STAGE, publish, recorded
 from bmctl.engine.intake.trial import Settled, settle
+from bmctl.engine.loading.data import open_split, resolve_input
 from bmctl.errors import DataError
-from bmctl.package import Manifest, ModelPackage
-from bmctl.schema import BATCH, Preprocess, TensorSpec
+from bmctl.inputs import INPUTS, Resolved, specs
+from bmctl.package import PART, GraphFile, Manifest, ModelPackage
+from bmctl.schema import BATCH, Signature, TensorSpec
+from bmctl.tasks import TASKS
 
 
 def import_graph(context: StageContext, path: Path, *, key: str, target: Path) -> ModelPackage:
     """Publish an .onnx as it is, byte for byte.
 
     Args:
-        context: With data in its recipe, the graph must take one image and give one row of class scores.
+        context: With data in its recipe, the graph must take what the input makes, and give what the task needs.
         path: The file; its external data lies beside it.
         key: Of the stage.
         target: RUN/packages/00-import.
@@ -32,36 +37,27 @@ def import_graph(context: StageContext, path: Path, *, key: str, target: Path) -
     """
     onnxfile.check_onnx(path)
     settled = _settled(context, path)
-    inputs, outputs = settled.signature.inputs, settled.signature.outputs
-    preprocess = _preprocess(context, inputs, outputs, path=path)
-    if _last(outputs):
-        outputs = tuple(spec.model_copy(update={"role": "scores"}) for spec in outputs)
-    class_names, recorded = check_data(context, numbered(_last(outputs)), preprocess=preprocess, source=str(path))
-    notes = [f"imported from {path}", *_notes(inputs), *settled.notes]
-    if preprocess is None:
-        notes.append("no task and no data: only parity, latency and size are measured")
+    given = _input(context, settled.signature, path=path)
+    notes = [f"imported from {path}", *_notes(settled.signature.inputs), *settled.notes]
     metrics: dict[str, Any] = {
         "num_params": measure.graph_num_params(path),
         "macs": measure.graph_macs(path),
         "precision": onnxgraph.precision_of(path),
     }
+    known: dict[str, Any] = {"parts": {PART: _with_scores(settled.signature)}}
+    if given is None:
+        notes.append("no task and no data: only parity, latency and size are measured")
+    else:
+        signature, facts = _held_against_data(context, settled.signature, given, path=path)
+        known = {"parts": {PART: signature}, "input": given.spec, "facts": facts, **recorded(context)}
+    manifest = Manifest(stage=STAGE, key=key, axes=settled.axes, notes=tuple(notes), **known)
     evaluation = None
-    if preprocess is not None and appraise.has_metric(context, preprocess):
-        evaluation = appraise.score_graph(context, path, preprocess=preprocess)
+    if given is not None:
+        evaluation = appraise.score_graphs(context, {PART: path}, manifest, given)
         metrics["val"] = appraise.metric_of(evaluation)
-    manifest = Manifest(
-        stage=STAGE,
-        key=key,
-        inputs=inputs,
-        outputs=outputs,
-        axes=settled.axes,
-        preprocess=preprocess,
-        class_names=class_names,
-        metrics=metrics,
-        notes=tuple(notes),
-        **recorded,
-    )
-    return publish(context, manifest, evaluation, target=target, graph=path, graph_data=onnxgraph.data_files(path))
+    manifest = manifest.model_copy(update={"metrics": metrics})
+    graphs = {PART: GraphFile(path, onnxgraph.data_files(path))}
+    return publish(context, manifest, evaluation, target=target, graphs=graphs, files=given.files if given else None)
 
 
 def _settled(context: StageContext, path: Path) -> Settled:
@@ -80,46 +76,70 @@ def _notes(inputs: tuple[TensorSpec, ...]) -> list[str]:
     return [f"the graph's batch is fixed ({', '.join(fixed)})"] if fixed else []
 
 
-def _last(outputs: tuple[TensorSpec, ...]) -> int:
-    """The number of classes where the graph gives one row of scores per sample, else 0."""
-    shape = outputs[0].shape if len(outputs) == 1 and outputs[0].dtype.startswith("float") else ()
-    return shape[1] if len(shape) == 2 and isinstance(shape[1], int) else 0
+def _with_scores(signature: Signature) -> Signature:
+    """A row of numbers per sample, and nothing else, is taken for scores: their largest is compared as well."""
+    outputs = signature.outputs
+    is_row = len(outputs) == 1 and outputs[0].dtype.startswith("float") and len(outputs[0].shape) == 2
+    if not is_row or not isinstance(outputs[0].shape[1], int):
+        return signature
+    return signature.model_copy(update={"outputs": (outputs[0].model_copy(update={"role": "scores"}),)})
 
 
-def _preprocess(
-    context: StageContext, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], *, path: Path
-) -> Preprocess | None:
-    """From the recipe's data, at the size and channels of the graph; None without data."""
-    data = context.recipe.data
-    if data is None:
+def _input(context: StageContext, signature: Signature, *, path: Path) -> Resolved | None:
+    """How the recipe's samples become what the graph takes; None without data.
+
+    Raises:
+        DataError: They do not.
+    """
+    if context.recipe.data is None:
         return None
-    from bmctl.engine.loading.preprocess import resolve_preprocess
-
-    shape = inputs[0].shape if len(inputs) == 1 else ()
-    if (
-        len(shape) != 4
-        or inputs[0].dtype != "float32"
-        or (isinstance(shape[1], int) and shape[1] not in (1, 3))
-        or not _last(outputs)
-    ):
+    asked = INPUTS[context.data.section.input.kind].fitted(context.data.section.input, signature.inputs)
+    given = resolve_input(context.data, asked=asked)
+    if not _fits(specs(given), signature.inputs):
+        wanted, got = _words(specs(given)), _words(signature.inputs)
         raise DataError(
-            f"{path} does not take one float32 [N, C, H, W] and give one [N, classes], as the recipe's images need; "
-            f"it has inputs {[list(spec.shape) for spec in inputs]} and outputs {[list(s.shape) for s in outputs]}",
+            f"{path} takes {got}; the recipe's input gives {wanted}",
             hint="import it without data: only parity, latency and size are measured then",
         )
-    asked = data.preprocess
-    known = {
-        "channels": asked.channels or (shape[1] if isinstance(shape[1], int) else None),
-        "size": asked.size or (shape[2:] if all(isinstance(size, int) for size in shape[2:]) else None),
-    }
-    recipe = context.recipe.model_copy(
-        update={"data": data.model_copy(update={"preprocess": asked.model_copy(update=known)})}
-    )
-    found = resolve_preprocess(recipe)
-    wanted = (found.channels, *found.size)
-    if any(isinstance(own, int) and own != got for own, got in zip(shape[1:], wanted, strict=True)):
+    return given
+
+
+def _held_against_data(
+    context: StageContext, signature: Signature, given: Resolved, *, path: Path
+) -> tuple[Signature, dict[str, Any]]:
+    """The graph's signature with the roles that the task knows, and the task's facts.
+
+    Raises:
+        DataError: The graph gives something else than the task needs.
+    """
+    split = open_split(context.data, name="val", given=given)
+    task: Any = TASKS[split.task.kind]
+    wanted = task.signatures(specs(given), split.facts)
+    if list(wanted) != [PART] or not _fits(wanted[PART].outputs, signature.outputs):
+        needs = "; ".join(f"{part}: {_words(each.outputs)}" for part, each in wanted.items())
         raise DataError(
-            f"{path} takes [C, H, W] = {list(shape[1:])}; the recipe's preprocess makes {list(wanted)}",
-            hint="leave data.preprocess.size and channels out of the recipe",
+            f"{path} gives {_words(signature.outputs)}; the task {split.task.kind!r} on these data needs {needs}",
+            hint="import it without data: only parity, latency and size are measured then",
         )
-    return found
+    outputs = tuple(
+        own.model_copy(update={"role": want.role, "meaning": want.meaning})
+        for own, want in zip(signature.outputs, wanted[PART].outputs, strict=True)
+    )
+    return signature.model_copy(update={"outputs": outputs}), split.facts.model_dump(mode="json")
+
+
+def _fits(wanted: Sequence[TensorSpec], found: Sequence[TensorSpec]) -> bool:
+    """By position: names are the graph's own affair."""
+    if len(wanted) != len(found):
+        return False
+    for want, got in zip(wanted, found, strict=True):
+        if want.dtype != got.dtype or len(want.shape) != len(got.shape):
+            return False
+        sizes = zip(want.shape[1:], got.shape[1:], strict=True)
+        if any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in sizes):
+            return False
+    return True
+
+
+def _words(found: Sequence[TensorSpec]) -> str:
+    return ", ".join(f"{spec.name!r} {spec.dtype} {shown(spec)}" for spec in found)

@@ -14,18 +14,26 @@ import torch
 from torch import nn
 
 from bmctl import models, store
+from bmctl.core.noise import noise
+from bmctl.core.published import Published
 from bmctl.disk import disk_errors
 from bmctl.engine.checkpoints import consolidate
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import appraise, measure
 from bmctl.engine.intake import statedict
 from bmctl.engine.intake.foreign import import_graph
-from bmctl.engine.intake.publishing import STAGE, check_data, numbered, publish
+from bmctl.engine.intake.publishing import STAGE, check_told, publish, recorded
+from bmctl.engine.loading import data as loading
+from bmctl.engine.modelspec import model_spec, signatures
 from bmctl.errors import PackageError, RecipeError, ResourceError, UsageError
-from bmctl.models import InputDefaults, ModelConfig, ModelSpec
+from bmctl.inputs import INPUTS, Resolved
+from bmctl.models import ModelConfig, ModelSpec
 from bmctl.package import Manifest, ModelPackage, list_packages, open_package
-from bmctl.schema import BATCH, Preprocess, TensorSpec
+from bmctl.schema import BATCH, Signature
+from bmctl.tasks import classify
 
+EXAMPLE_SIZE = 16
+"""Of free axes other than the batch, where multiply-accumulates are counted."""
 PUBLISHED = re.compile(r"(timm|torchvision|transformers|bmctl):.+")
 
 
@@ -34,14 +42,17 @@ class Imported:
     """What was found at the source, before it is a package.
 
     Attributes:
+        given: How samples become what it takes.
+        task: Its Config, and `facts` of it: as they were told, or a classifier's.
         log: Which tensor went where, one a line.
         known: Further fields of the manifest, where there are no data to take them from.
     """
 
     spec: ModelSpec
     model: nn.Module
-    preprocess: Preprocess
-    class_names: tuple[str, ...]
+    given: Resolved
+    task: Any
+    facts: Any
     notes: tuple[str, ...] = ()
     log: str = ""
     known: Mapping[str, Any] = field(default_factory=dict)
@@ -101,8 +112,9 @@ def _import_checkpoint(context: StageContext, path: Path) -> ModelPackage:
     if not evaluated:
         recipe = consolidate.read_recipe(about) or context.recipe
         context = replace(context, recipe=recipe.model_copy(update={"name": context.recipe.name}))
-    known = {"task": about.task, "data_fingerprint": about.data_fingerprint, "history": about.history}
-    imported = Imported(about.model, model, about.preprocess, about.class_names, (words,), known=known)
+    known = {"data_fingerprint": about.data_fingerprint, "history": about.history}
+    task, facts = consolidate.task_of(about)
+    imported = Imported(about.model, model, about.given, task, facts, (words,), known=known)
     return _publish(context, imported, source=str(path), key=key, target=target, evaluated=evaluated)
 
 
@@ -133,7 +145,7 @@ def _model_config(context: StageContext, name: str | None, *, path: Path) -> Mod
 
 
 def _key(context: StageContext, source: str, *, match: str) -> str:
-    used: Any = {"model": True, "task": True, "data": {"source", "val", "preprocess"}, "export": {"axes", "sample"}}
+    used: Any = {"model": True, "task": True, "data": {"source", "val", "input"}, "export": {"axes", "sample"}}
     fields = {"source": source, "match": match, "recipe": context.recipe.model_dump(mode="json", include=used)}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
@@ -158,45 +170,46 @@ def _find_done(context: StageContext, target: Path, *, key: str) -> ModelPackage
 
 def _published(context: StageContext, config: ModelConfig) -> Imported:
     config = config.model_copy(update={"pretrained": True})
-    known = models.input_defaults(config)
+    known = models.published(config)
     if known.num_classes is None:
+        told = "brings no classifier" if known.has_weights else "has no published weights"
         raise RecipeError(
-            f"{config.name} has no published weights: it is to be trained",
+            f"{config.name} {told}: it is to be trained",
             hint=f"bmctl train --recipe RECIPE --set model.name={config.name}",
         )
-    preprocess = resolve_input(context, config, known=known)
-    spec = _spec(config, preprocess, num_classes=known.num_classes)
+    given = _input(context, config, known=known)
+    facts = classify.Facts(class_names=known.class_names or numbered(known.num_classes))
+    spec = model_spec(config, given=given, task=classify.Config(), facts=facts)
     context.emit({"event": "note", "stage": STAGE, "text": f"{config.name}: taking the published weights"})
-    model = models.build(spec, pretrained=True)
-    return Imported(spec, model, preprocess, known.class_names or numbered(known.num_classes))
+    return Imported(spec, models.build(spec, pretrained=True), given, classify.Config(), facts)
 
 
 def _state_dict(context: StageContext, config: ModelConfig, *, path: Path, match: statedict.Match) -> Imported:
     found, unwrapped = statedict.read_state(path)
     known = _known(config)
-    preprocess = resolve_input(context, config, known=known)
-    num_classes = _count_classes(config, preprocess, found, match=match)
-    spec = _spec(config, preprocess, num_classes=num_classes)
+    given = _input(context, config, known=known)
+    num_classes = _count_classes(config, given, found, match=match)
+    spec = _classifier(config, given, num_classes=num_classes)
     model = models.build(spec)
     matched = statedict.match_state(found, model.state_dict(), match=match, path=path)
     model.load_state_dict(matched.state, strict=True)
     log = "".join(f"{source}\t{name}\t{list(shape)}\n" for source, name, shape in matched.pairs)
     notes = (*unwrapped, *matched.notes, f"{len(matched.pairs)} tensors of {path.name} matched by {match}")
     names = known.class_names if known.class_names and known.num_classes == num_classes else numbered(num_classes)
-    return Imported(spec, model, preprocess, names, notes, log)
+    return Imported(spec, model, given, classify.Config(), classify.Facts(class_names=names), notes, log)
 
 
-def _known(config: ModelConfig) -> InputDefaults:
+def _known(config: ModelConfig) -> Published:
     """What the publisher says: the file may well be its published weights, or have been trained like them."""
     try:
-        return models.input_defaults(config.model_copy(update={"pretrained": True}))
+        return models.published(config.model_copy(update={"pretrained": True}))
     except RecipeError:  # nothing was published
-        return models.input_defaults(config)
+        return models.published(config)
 
 
-def _count_classes(config: ModelConfig, preprocess: Preprocess, found: statedict.State, *, match: str) -> int:
+def _count_classes(config: ModelConfig, given: Resolved, found: statedict.State, *, match: str) -> int:
     """How many classes the file's head has: its tensor that, in the model, changes shape with their number."""
-    first, second = (models.build(_spec(config, preprocess, num_classes=n)).state_dict() for n in (2, 3))
+    first, second = (models.build(_classifier(config, given, num_classes=n)).state_dict() for n in (2, 3))
     heads = [name for name in first if first[name].shape != second[name].shape]
     if not heads:
         raise PackageError(f"{config.name} has no head that depends on the number of classes")
@@ -213,36 +226,46 @@ def _count_classes(config: ModelConfig, preprocess: Preprocess, found: statedict
     return 2  # no head in the file: the matching that follows says what is wrong
 
 
-def _spec(config: ModelConfig, preprocess: Preprocess, *, num_classes: int) -> ModelSpec:
-    spec = ModelSpec(
-        name=config.name,
-        args=models.spec_args(config),
-        num_classes=num_classes,
-        channels=preprocess.channels,
-        size=preprocess.size,
-    )
-    return models.resolve(spec)
+def _classifier(config: ModelConfig, given: Resolved, *, num_classes: int) -> ModelSpec:
+    facts = classify.Facts(class_names=numbered(num_classes))
+    return model_spec(config, given=given, task=classify.Config(), facts=facts)
 
 
-def resolve_input(context: StageContext, config: ModelConfig, *, known: InputDefaults) -> Preprocess:
+def numbered(num_classes: int) -> tuple[str, ...]:
+    """Stand-ins for unknown class names."""
+    return tuple(f"class_{index}" for index in range(num_classes))
+
+
+def _input(context: StageContext, config: ModelConfig, *, known: Published) -> Resolved:
     """From the recipe's data over the publisher where there are data, else as the publisher says.
 
     Raises:
         UsageError: There are no data, and the publisher says too little.
     """
     if context.recipe.data is not None:
-        from bmctl.engine.loading.preprocess import resolve_preprocess
+        asked = config.model_copy(update={"pretrained": known.has_weights})
+        return loading.resolve_input(context.data, model=asked)
+    kind = known.input.kind if known.input is not None else "image"
+    module = INPUTS[kind]
+    return Resolved(*module.resolve(module.Config(), _NoExamples(config.name), published=known.of(kind)))
 
-        asked = config.model_copy(update={"pretrained": known.num_classes is not None})
-        return resolve_preprocess(context.recipe.model_copy(update={"model": asked}))
-    fields = known.model_dump(exclude_none=True, exclude={"num_classes", "class_names"})
-    missing = [name for name in ("size", "channels", "mean", "std") if name not in fields]
-    if missing:
+
+@dataclass(frozen=True)
+class _NoExamples:
+    """What an input may look at where there are no data: see inputs.Examples."""
+
+    name: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    in_memory: bool = True
+
+    def __len__(self) -> int:
+        return 0
+
+    def read(self, most: int | None = None) -> Mapping[str, Any]:
         raise UsageError(
-            f"{config.name} takes any input, and nobody says which it was trained on: {', '.join(missing)}",
+            f"{self.name} takes any input, and nobody says which it was trained on",
             hint="give a recipe with its data: --recipe RECIPE",
         )
-    return Preprocess.model_validate(fields)
 
 
 # -- the package ------------------------------------------------------------------------------------
@@ -251,42 +274,43 @@ def resolve_input(context: StageContext, config: ModelConfig, *, known: InputDef
 def _publish(
     context: StageContext, found: Imported, *, source: str, key: str, target: Path, evaluated: bool = True
 ) -> ModelPackage:
-    model, preprocess = found.model.eval(), found.preprocess
-    example = torch.zeros(2, preprocess.channels, *preprocess.size)
-    with torch.inference_mode():
-        logits = model(example)
-    if tuple(logits.shape) != (2, len(found.class_names)):
-        raise PackageError(f"{source} gives outputs {list(logits.shape)}, not [2, {len(found.class_names)}]")
-    class_names, recorded = found.class_names, dict[str, Any]()
-    if evaluated:
-        class_names, recorded = check_data(context, class_names, preprocess=preprocess, source=source)
+    model, facts = found.model.eval(), found.facts
     metrics: dict[str, Any] = {
         "num_params": measure.num_params(model),
         "num_nonzero": measure.num_nonzero(model),
-        "macs": measure.macs(model, example),
+        "macs": measure.macs(model, _example(found.spec)),
         "precision": "fp32",
     }
-    evaluation = None
-    if evaluated and appraise.has_metric(context, preprocess):
-        evaluation = appraise.score_module(context, model, preprocess=preprocess)
-        metrics["val"] = appraise.metric_of(evaluation)
-    shape = (BATCH, preprocess.channels, *preprocess.size)
-    meaning = "normalised image, channels first"
+    evaluated = evaluated and appraise.has_metric(context, found.given)
+    known = dict(found.known)
+    if evaluated:
+        facts = check_told(context, found.spec.told, given=found.given, source=source)
+        known |= recorded(context)
     manifest = Manifest(
         stage=STAGE,
         key=key,
         model=found.spec,
-        inputs=(TensorSpec(name="input", shape=shape, dtype="float32", meaning=meaning),),
-        outputs=(TensorSpec(name="logits", shape=(BATCH, len(class_names)), dtype="float32", meaning="class scores"),),
-        preprocess=preprocess,
-        class_names=class_names,
-        metrics=metrics,
+        parts=signatures(given=found.given, task=found.task, facts=facts),
+        input=found.given.spec,
+        facts=facts.model_dump(mode="json"),
         notes=(f"imported from {source}", *found.notes),
-        **{**found.known, **recorded},
+        **{"task": found.task.model_dump(mode="json"), **known},
     )
+    evaluation = None
+    if evaluated:
+        evaluation = appraise.score_module(context, model, manifest, found.given)
+        metrics["val"] = appraise.metric_of(evaluation)
+    manifest = manifest.model_copy(update={"metrics": metrics})
     if found.log:
         _write_log(context, found.log)
-    return publish(context, manifest, evaluation, target=target, model=model.cpu())
+    return publish(context, manifest, evaluation, target=target, model=model.cpu(), files=found.given.files)
+
+
+def _example(spec: ModelSpec) -> list[torch.Tensor]:
+    """Two samples of noise, as the model takes them."""
+    taken = Signature(inputs=spec.given, outputs=())
+    sizes = {axis: 2 if axis == BATCH else EXAMPLE_SIZE for axis in taken.axes}
+    return [torch.from_numpy(array) for array in noise(taken, sizes=sizes).values()]
 
 
 def _write_log(context: StageContext, log: str) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -11,17 +10,14 @@ from torch import nn
 from bmctl.core.evaluation import Evaluation
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import appraise
+from bmctl.engine.loading.data import data_fingerprint, open_split
 from bmctl.errors import DataError
-from bmctl.package import Manifest, ModelPackage, save_package
+from bmctl.inputs import Resolved
+from bmctl.package import GraphFile, Manifest, ModelPackage, save_package
 from bmctl.recipe import recipe_yaml
-from bmctl.schema import Preprocess
+from bmctl.tasks import TASKS
 
 STAGE = "import"
-
-
-def numbered(num_classes: int) -> tuple[str, ...]:
-    """Stand-ins for unknown class names."""
-    return tuple(f"class_{index}" for index in range(num_classes))
 
 
 def publish(
@@ -29,10 +25,10 @@ def publish(
     manifest: Manifest,
     evaluation: Evaluation | None,
     *,
-    target: Path,
+    target: Any,
     model: nn.Module | None = None,
-    graph: Path | None = None,
-    graph_data: Sequence[str] = (),
+    graphs: Mapping[str, GraphFile] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> ModelPackage:
     """Save the package, file its evaluation, and say what was noted and done."""
     for text in manifest.notes:
@@ -42,34 +38,36 @@ def publish(
         manifest=manifest,
         recipe_yaml=recipe_yaml(context.recipe),
         model=model,
-        graph=graph,
-        graph_data=graph_data,
+        graphs=graphs,
+        files=files,
         overwrite=context.overwrite,
     )
-    appraise.file_score(context, package, evaluation, backend="eager" if graph is None else "onnxruntime")
+    appraise.file_score(context, package, evaluation, backend="eager" if graphs is None else "onnxruntime")
     context.emit({"event": "stage_done", "stage": STAGE, "package": str(target), **package.manifest.metrics})
     return package
 
 
-def check_data(
-    context: StageContext, class_names: tuple[str, ...], *, preprocess: Preprocess | None, source: str
-) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Hold the head against the recipe's data; returns the class names that count, and what the manifest records.
+def check_told(context: StageContext, told: Mapping[str, Any], *, given: Resolved, source: str) -> Any:
+    """Hold what a model was told against what the recipe's data say; returns the data's facts.
 
     Raises:
-        DataError: The data has another number of classes.
+        DataError: They differ, as in the number of classes.
     """
-    recipe = context.recipe
-    if recipe.data is None or preprocess is None:
-        return class_names, {}
-    from bmctl.engine.loading.data import data_fingerprint, open_split
+    split = open_split(context.data, name="val", given=given)
+    task: Any = TASKS[split.task.kind]
+    of_data = task.told(split.facts)
+    for name, found in of_data.items():
+        if name in told and told[name] != found:
+            what = name.removeprefix("num_").replace("_", " ")
+            raise DataError(
+                f"{source} tells {told[name]} {what} apart; the recipe's data has {found}",
+                hint="to train a new head on it, set model.pretrained: true in the recipe and run: bmctl train",
+            )
+    return split.facts
 
-    of_data = open_split(recipe, name="val", preprocess=preprocess).class_names
-    if len(of_data) != len(class_names):
-        raise DataError(
-            f"{source} tells {len(class_names)} classes apart; the recipe's data has {len(of_data)} "
-            f"({', '.join(of_data[:3])}{', ...' if len(of_data) > 3 else ''})",
-            hint="to train a new head on it, set model.pretrained: true in the recipe and run: bmctl train",
-        )
-    task = recipe.task.model_dump(mode="json") if recipe.task is not None else None
-    return of_data, {"task": task, "data_fingerprint": data_fingerprint(recipe)}
+
+def recorded(context: StageContext) -> dict[str, Any]:
+    """What a manifest says of the recipe's task and data."""
+    task = context.recipe.task
+    assert task is not None
+    return {"task": task.model_dump(mode="json"), "data_fingerprint": data_fingerprint(context.data)}

@@ -1,46 +1,58 @@
-"""What loader processes hand over: tensors in shared memory, normalised here or where they are used.
-
-n: samples of a batch. c: 1 or 3 channels as they are in the data. C: channels that the model takes.
-"""
+"""What loader processes hand over: tensors in shared memory, finished there or where they are used."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from bmctl.core import images
+from bmctl.engine.loading.split import Empty, Encoded, Tensors, as_tensor
 from bmctl.errors import ResourceError
-from bmctl.schema import Preprocess
 
-Batch = tuple[torch.Tensor, torch.Tensor]
-"""float32 [n, C, H, W] and int64 [n]."""
+
+class Finish(Protocol):
+    """`Split.finished`."""
+
+    def __call__(self, fields: Tensors, *, channels_last: bool, empty: Empty) -> Tensors: ...
 
 
 @dataclass(frozen=True)
 class Form:
     """Attributes:
-    raw: As uint8, to be normalised by whoever takes it.
+    raw: As encoded, to be finished by whoever takes it.
     channels_last: Memory layout.
     """
 
     raw: bool
     channels_last: bool
 
-    def tensors(self, pixels: np.ndarray, labels: np.ndarray, spec: Preprocess, *, shared: bool) -> Batch:
-        """float32 [n, C, H, W], or uint8 [n, H, W, c] where raw; and int64 [n]."""
+    def tensors(self, batch: Encoded, *, finish: Finish, shared: bool) -> Encoded:
+        """The same batch as tensors, its fields finished unless raw."""
+        targets = _placed(batch.targets, shared=shared)
         if self.raw:
-            x = _empty(pixels.shape, torch.uint8, shared=shared)
-            x.numpy()[...] = pixels
-            return x, torch.from_numpy(labels)
-        count, height, width, _ = pixels.shape
-        if self.channels_last:
-            x = _empty((count, height, width, spec.channels), torch.float32, shared=shared).permute(0, 3, 1, 2)
-        else:
-            x = _empty((count, spec.channels, height, width), torch.float32, shared=shared)
-        images.normalise(pixels, spec, out=x.numpy())
-        return x, torch.from_numpy(labels)
+            return Encoded(_placed(batch.fields, shared=shared), targets)
+        fields = finish(
+            {name: as_tensor(array) for name, array in batch.fields.items()},
+            channels_last=self.channels_last,
+            empty=partial(_empty, shared=shared),
+        )
+        # What finish made no new tensor for is not in shared memory yet.
+        return Encoded({name: _moved(each, shared=shared) for name, each in fields.items()}, targets)
+
+
+def _placed(arrays: Mapping[str, np.ndarray], *, shared: bool) -> Tensors:
+    """Contiguous, and where `shared` in shared memory."""
+    return {name: _moved(as_tensor(array).contiguous(), shared=shared) for name, array in arrays.items()}
+
+
+def _moved(tensor: torch.Tensor, *, shared: bool) -> torch.Tensor:
+    if not shared or tensor.is_shared():
+        return tensor
+    return _empty(tuple(tensor.shape), tensor.dtype, shared=True).copy_(tensor)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, *, shared: bool) -> torch.Tensor:
@@ -53,12 +65,6 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, *, shared: bool) -> torch
     except RuntimeError as error:
         raise no_room(str(error).splitlines()[0]) from error
     return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload]
-
-
-def normalised(x_nHWc: torch.Tensor, moments: torch.Tensor, *, channels_last: bool) -> torch.Tensor:
-    """As `images.normalise`, on the device of `x_nHWc`; moments: float32 [2, C], mean and std."""
-    x = ((x_nHWc.to(torch.float32).div_(255) - moments[0]) / moments[1]).permute(0, 3, 1, 2)
-    return x if channels_last else x.contiguous()
 
 
 def no_room(reason: str) -> ResourceError:

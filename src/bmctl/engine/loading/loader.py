@@ -1,54 +1,29 @@
-"""Batches by torch's DataLoader: in this process, or in loader processes that stay for a whole training.
-
-n: samples of a batch. c: 1 or 3 channels as they are in the data. C: channels that the model takes.
-"""
+"""Batches by torch's DataLoader: in this process, or in loader processes that stay for a whole training."""
 
 from __future__ import annotations
 
 import atexit
-import contextlib
-import ctypes
 import os
-import signal
-import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from bmctl.core import images
-from bmctl.engine.loading.handover import Batch, Form, no_room, normalised
+from bmctl.engine.batch import Batch
+from bmctl.engine.loading.desk import Batched, Desk, Steps, death, same, settle_in, starting
+from bmctl.engine.loading.handover import Form
 from bmctl.engine.loading.order import Plan
-from bmctl.errors import BmctlError, DataError, ResourceError
-from bmctl.schema import Preprocess
+from bmctl.engine.loading.split import Encoded
+from bmctl.errors import BmctlError, DataError
 
 QUICK_MS = 2.0
 """A batch from memory that takes no longer is made where it is used: handing it over would cost as much."""
 MOST_WORKERS = 16
-_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_PR_SET_PDEATHSIG = 1
-_DEATH_S = 2.0
-"""A process whose connection broke may need a moment until it is gone."""
-
-
-class Batched(Protocol):
-    """What a loader reads from: a split."""
-
-    @property
-    def preprocess(self) -> Preprocess: ...
-    @property
-    def in_memory(self) -> bool: ...
-    def __len__(self) -> int: ...
-    def pixel_batches(self, plan: Plan, *, first: int, every: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """uint8 [n, H, W, c] and int64 [n] of the steps first, first + every, ... of a plan."""
-        ...
 
 
 @dataclass
@@ -57,7 +32,7 @@ class Loader:
 
     Attributes:
         device: Where batches are put; None leaves them in memory.
-        raw: Loader processes hand over uint8, a quarter of the bytes, and `device` normalises.
+        raw: Loader processes hand fields over as they are encoded, such as uint8 pixels, and `device` finishes them.
     """
 
     split: Batched
@@ -68,13 +43,12 @@ class Loader:
     device: torch.device | None
     channels_last: bool
     raw: bool
-    _steps: _Steps = field(init=False)
+    _steps: Steps = field(init=False)
     _loader: DataLoader | None = field(init=False, default=None)
     _iterator: Any = field(init=False, default=None)
-    _moments: torch.Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self._steps = _Steps(self.plan, len(self.split))
+        self._steps = Steps(self.plan, len(self.split))
 
     def batches(self, *, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The rest of an epoch; an iterator that was left half-way ends when the next one begins.
@@ -90,24 +64,23 @@ class Loader:
         self._steps.plan = plan = replace(self.plan, epoch=epoch, start_step=start_step)
         form = Form(self.raw, self.channels_last)
         if self.num_workers == 0:
-            for pixels, labels in self.split.pixel_batches(plan, first=0, every=1):
-                x, y = form.tensors(pixels, labels, self.split.preprocess, shared=False)
-                yield self._finished(x.pin_memory(), y.pin_memory()) if self.pin else self._finished(x, y)
+            for arrays in self.split.encoded(plan, first=0, every=1):
+                yield self._finished(form.tensors(arrays, finish=self.split.finished, shared=False), pin=self.pin)
             return
         try:
-            with _starting():
+            with starting():
                 self._loader = self._loader or self._made(form)
                 self._iterator = iter(self._loader)
             for batch in self._iterator:
                 if isinstance(batch, BmctlError):
                     raise batch
-                yield self._finished(*batch)
+                yield self._finished(batch)
         except (RuntimeError, OSError, EOFError) as error:
             # Of what the process held in shared memory, nothing can be had any more either: that fails in many ways.
-            death = _death(self._iterator, error)
-            if death is None:
+            told = death(self._iterator, error)
+            if told is None:
                 raise
-            raise death from error
+            raise told from error
 
     def close(self) -> None:
         """End the loader processes."""
@@ -119,9 +92,9 @@ class Loader:
     def _made(self, form: Form) -> DataLoader:
         tied = threading.current_thread() is threading.main_thread()
         return DataLoader(
-            _Desk(self.split, form, self.num_workers, parent=os.getpid() if tied else None),  # type: ignore[arg-type]
+            Desk(self.split, form, self.num_workers, parent=os.getpid() if tied else None),  # type: ignore[arg-type]
             batch_sampler=self._steps,  # type: ignore[arg-type]
-            collate_fn=_same,
+            collate_fn=same,
             num_workers=self.num_workers,
             prefetch_factor=self.prefetch,
             persistent_workers=True,
@@ -130,18 +103,18 @@ class Loader:
             multiprocessing_context="fork",
             # Its own: the base seed must not be drawn from the global generator, which a resumed run restores.
             generator=torch.Generator(),
-            worker_init_fn=_settle_in,
+            worker_init_fn=settle_in,
         )
 
-    def _finished(self, x: torch.Tensor, y: torch.Tensor) -> Batch:
-        if self.device is not None:
-            x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-        if not self.raw:
-            return x, y
-        if self._moments is None or self._moments.device != x.device:
-            spec = self.split.preprocess
-            self._moments = torch.tensor([spec.mean, spec.std], dtype=torch.float32).to(x.device)
-        return normalised(x, self._moments, channels_last=self.channels_last), y
+    def _finished(self, batch: Encoded, *, pin: bool = False) -> Batch:
+        fields, targets = ({name: self._placed(each, pin=pin) for name, each in part.items()} for part in batch)
+        if self.raw:
+            fields = self.split.finished(fields, channels_last=self.channels_last)
+        return {**fields, **targets}
+
+    def _placed(self, tensor: torch.Tensor, *, pin: bool) -> torch.Tensor:
+        tensor = tensor.pin_memory() if pin else tensor
+        return tensor if self.device is None else tensor.to(self.device, non_blocking=True)
 
 
 @contextmanager
@@ -169,7 +142,7 @@ def open_loader(
         num_workers: Processes that decode and assemble; 0 does it here. The batches are the same.
         prefetch: Batches that each of them prepares ahead.
         pin: Page-locked memory, from which copies to a GPU need not be waited for.
-        device: Where batches are put; a GPU normalises them, too. None leaves them in memory.
+        device: Where batches are put; a GPU finishes them, too. None leaves them in memory.
         channels_last: The memory layout of the batches.
 
     Raises:
@@ -237,112 +210,16 @@ def choose_workers(
 
 
 def _batch_ms(split: Batched, batch_size: int) -> float:
-    plan = Plan(seed=0, epoch=0, batch_size=min(batch_size, len(split)))
-    batches = split.pixel_batches(plan, first=0, every=1)
+    plan, form = Plan(seed=0, epoch=0, batch_size=min(batch_size, len(split))), Form(False, False)
+    batches = split.encoded(plan, first=0, every=1)
     next(batches)
     times = []
     for _ in range(3):
         began = time.perf_counter()
-        pixels = next(batches, None)
-        if pixels is None:
-            batches = split.pixel_batches(plan, first=0, every=1)
-            pixels = next(batches)
-        images.normalise(pixels[0], split.preprocess)
+        arrays = next(batches, None)
+        if arrays is None:
+            batches = split.encoded(plan, first=0, every=1)
+            arrays = next(batches)
+        form.tensors(arrays, finish=split.finished, shared=False)
         times.append(time.perf_counter() - began)
     return min(times) * 1000
-
-
-# -- loader processes -------------------------------------------------------------------------------
-
-
-@dataclass
-class _Steps:
-    """The batch sampler: it sends the plan along with each step, so that processes outlive an epoch."""
-
-    plan: Plan
-    num_samples: int
-
-    def __len__(self) -> int:
-        return self.num_samples // self.plan.batch_size - self.plan.start_step
-
-    def __iter__(self) -> Iterator[tuple[Plan, int]]:
-        plan = self.plan
-        return ((plan, step) for step in range(len(self)))
-
-
-@dataclass
-class _Desk:
-    """In a loader process: makes its share of a plan's batches, one request after another.
-
-    Errors are handed over as values: torch would raise them again with a traceback for a message and without the hint.
-    """
-
-    split: Batched
-    form: Form
-    num_workers: int
-    parent: int | None
-    _next: tuple[Plan, int] | None = None
-    _batches: Iterator[tuple[np.ndarray, np.ndarray]] = field(default_factory=lambda: iter(()))
-
-    def __getitems__(self, request: tuple[Plan, int]) -> Batch | BmctlError:
-        plan, step = request
-        try:
-            if request != self._next:
-                self._batches = self.split.pixel_batches(plan, first=step, every=self.num_workers)
-            self._next = (plan, step + self.num_workers)
-            return self.form.tensors(*next(self._batches), self.split.preprocess, shared=True)
-        except BmctlError as error:
-            self._next = None
-            return error
-
-
-def _same(batch: object) -> object:
-    return batch
-
-
-@contextmanager
-def _starting() -> Iterator[None]:
-    """Signals wait: a process forked meanwhile would die of one that came before it could ignore it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
-    try:
-        with warnings.catch_warnings():
-            # More processes than cores: the recipe asked for them.
-            warnings.filterwarnings("ignore", message="This DataLoader will create")
-            yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _settle_in(worker: int) -> None:
-    """Only the training process reacts to signals; loader processes end when it does, however it ends."""
-    for number in _IGNORED:
-        signal.signal(number, signal.SIG_IGN)
-    info = torch.utils.data.get_worker_info()
-    parent = info.dataset.parent if info is not None else None  # type: ignore[attr-defined]
-    # The signal comes when the thread ends that made this process: only the main thread's end is the process's.
-    if parent is not None and sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
-
-
-def _death(iterator: Any, error: Exception) -> ResourceError | None:
-    """Which loader process died, and of what; None if they are all there."""
-    workers = iterator._workers if iterator is not None else []
-    for worker in workers:
-        # torch's handler of SIGCHLD raises wherever it finds this process.
-        with contextlib.suppress(RuntimeError):
-            worker.join(timeout=_DEATH_S / len(workers))
-    dead = [(index, worker.exitcode) for index, worker in enumerate(workers) if worker.exitcode]
-    if not dead:
-        if "DataLoader worker" not in str(error):
-            return None
-        return ResourceError(f"a loader process died ({str(error).splitlines()[0]})", hint="--set data.num_workers=0")
-    index, code = dead[0]
-    if code == -signal.SIGBUS:
-        return no_room("bus error")
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-    hint = "see what happens without: --set data.num_workers=0"
-    if code == -signal.SIGKILL:
-        hint = "when memory is short, the kernel kills: --set data.num_workers=0, or a smaller data.prefetch"
-    return ResourceError(f"a loader process died: number {index} {how}", hint=hint)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from bmctl.engine.loading.data import open_split
-from bmctl.engine.loading.preprocess import resolve_preprocess
+from bmctl.engine.loading.data import Data, open_split, resolve_input
+from bmctl.engine.modelspec import model_spec
 from bmctl.engine.sharding.outline import memory_at_hand, outline_of
-from bmctl.engine.sharding.strategy import USABLE, Outline, amount, choose, loads, state_bytes
-from bmctl.errors import BmctlError, RecipeError
-from bmctl.models import ModelConfig, ModelSpec, build, input_defaults, spec_args
+from bmctl.engine.sharding.strategy import USABLE, Outline, amount, choose, loads, state_bytes, untraced
+from bmctl.errors import DataError, RecipeError
+from bmctl.models import ModelConfig, ModelSpec, build, published, spec_args
 from bmctl.recipe import Recipe
+from bmctl.schema import BATCH, TensorSpec
+from bmctl.tasks import TASKS
 
 _CLASSES = 1000
 _SIZE = (224, 224)
@@ -30,7 +34,7 @@ def sharing(recipe: Recipe) -> dict[str, str]:
     assert fit is not None and recipe.model is not None
     world = next((world for world in launch.worlds if world > 1), 1)
     spec, assumed = _spec(recipe, recipe.model)
-    outline = _outline(spec)
+    outline = _outline(spec, gives=TASKS[recipe.task.kind].GIVES if recipe.task is not None else ("logits",))
     batch_size, of = fit.batch_size, ""
     if batch_size == "auto":
         batch_size, of = world * fit.accumulate, "; activations are those of one sample, as the batch size is not known"
@@ -44,7 +48,7 @@ def sharing(recipe: Recipe) -> dict[str, str]:
     whose = "the GPU's" if device.type == "cuda" else f"this machine's, shared by {launch.nproc}"
     lines["memory"] = f"{amount(memory)} for each process ({whose}), {USABLE:.0%} of it usable"
     if outline.activation_bytes is None:
-        lines["memory"] += "; activations are not counted: the model computes nothing without memory"
+        lines["memory"] += f"; activations are not counted: {untraced(outline)}"
     strategy, reason = choose(outline, fit=fit, launch=launch, world=world, batch_size=batch_size, memory_bytes=memory)
     return lines | {"strategy": f"{strategy} in {world} processes: {reason}"}
 
@@ -52,25 +56,29 @@ def sharing(recipe: Recipe) -> dict[str, str]:
 def _spec(recipe: Recipe, model: ModelConfig) -> tuple[ModelSpec, str]:
     """The model as the data make it, and what is assumed where they are not at hand."""
     try:
-        preprocess = resolve_preprocess(recipe)
-        train = open_split(recipe, name="train", preprocess=preprocess)
-    except BmctlError as error:
-        told = input_defaults(model)
-        size, channels = told.size or _SIZE, told.channels or _CHANNELS
-        spec = ModelSpec(name=model.name, args=spec_args(model), num_classes=_CLASSES, channels=channels, size=size)
-        shape = "x".join(map(str, (channels, *size)))
-        return spec, f"; {_CLASSES} classes and samples of {shape} are assumed, as {error.message}"
-    num_classes, channels, size = len(train.class_names), preprocess.channels, preprocess.size
-    return ModelSpec(name=model.name, args=spec_args(model), num_classes=num_classes, channels=channels, size=size), ""
+        data = Data(recipe)
+        given = resolve_input(data)
+        train = open_split(data, name="train", given=given)
+        return model_spec(model, given=given, task=train.task, facts=train.facts), ""
+    except DataError as error:
+        if recipe.data is None or recipe.data.input.kind != "image":
+            raise
+        known = published(model).of("image")
+        size, channels = known.get("size") or _SIZE, known.get("channels") or _CHANNELS
+        shape = (channels, *size)
+        image = TensorSpec(name="input", dtype="float32", shape=(BATCH, *shape))
+        spec = ModelSpec(name=model.name, args=spec_args(model), given=(image,), told={"num_classes": _CLASSES})
+        text = "x".join(map(str, shape))
+        return spec, f"; {_CLASSES} classes and samples of {text} are assumed, as {error.message}"
 
 
-def _outline(spec: ModelSpec) -> Outline:
+def _outline(spec: ModelSpec, *, gives: Sequence[str]) -> Outline:
     try:
         with torch.device("meta"):
             model = build(spec)
     except (RuntimeError, NotImplementedError, RecipeError):  # some constructors look at numbers
         model = build(spec)
-    return outline_of(model, sample_shape=(spec.channels, *spec.size))
+    return outline_of(model, given=spec.given, gives=gives)
 
 
 def _device(recipe: Recipe) -> torch.device:

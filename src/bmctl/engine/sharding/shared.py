@@ -1,7 +1,5 @@
 """A model that several processes train together: whole in each of them (ddp), or each a part of it (fsdp).
 
-x: a batch, samples in rows: the first dimension of what `outputs` takes and gives.
-
 Source: DDP, Li et al. 2020, https://arxiv.org/abs/2006.15704; FSDP, Zhao et al. 2023, https://arxiv.org/abs/2304.11277
 """
 
@@ -12,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -19,6 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from bmctl.engine.batch import Batch, call, num_rows, rows
 from bmctl.engine.computing.precision import Precision
 from bmctl.engine.computing.recompute import keep_activations
 from bmctl.engine.loading.order import share_of
@@ -27,20 +27,23 @@ from bmctl.engine.parallel import Group, gather, mesh_of
 from bmctl.engine.sharding.communication import BucketClock, Clock, TimedAllGather, TimedReduceScatter
 from bmctl.engine.sharding.moving import MovingBuffers
 from bmctl.engine.sharding.outline import memory_at_hand, on_meta, outline_of
-from bmctl.engine.sharding.strategy import Strategy, choose
+from bmctl.engine.sharding.strategy import Strategy, choose, untraced
 from bmctl.errors import RecipeError
 from bmctl.fit import Fit
 from bmctl.recipe import LaunchConfig
+from bmctl.schema import TensorSpec
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Shared:
+class SharedModel:
     """A model in the hands of a group.
 
     Attributes:
         model: As this process holds it; under fsdp its parameters are DTensors, by the names that they always had.
         forward: What a training step calls.
+        takes: Names of what it takes of a batch, in order.
+        gives: Names of its outputs.
         strategy: ``single``, ``ddp`` or ``fsdp``.
         reason: Why this one, for the user.
     """
@@ -50,6 +53,8 @@ class Shared:
         model: nn.Module,
         *,
         forward: nn.Module,
+        takes: Sequence[str],
+        gives: Sequence[str],
         group: Group,
         strategy: Strategy,
         reason: str,
@@ -57,6 +62,7 @@ class Shared:
         empty: nn.Module | None = None,
     ) -> None:
         self.model, self.forward, self.strategy, self.reason = model, forward, strategy, reason
+        self.takes, self.gives = takes, gives
         self._group, self._clock, self._empty = group, clock, empty
         self._buffers = MovingBuffers(model) if group.world > 1 else None
         self._weights = list(model.parameters())
@@ -103,45 +109,54 @@ class Shared:
         """
         return self._clock.take()
 
-    def outputs(self, x: torch.Tensor) -> torch.Tensor:
-        """The model in eval mode on all rows of `x`, of which each rank computes its share and gets all.
+    def outputs(self, batch: Batch) -> Batch:
+        """The model in eval mode on all rows of a batch, of which each rank computes its share and gets all.
 
         Under ddp, and alone, in fp32; under fsdp in the format that its blocks are gathered in. The ranks compute with
         the batch statistics of rank 0, which are those that are saved.
 
         Args:
-            x: [N >= 1, ...]; of a rank only the rows of its `order.share_of` are looked at.
+            batch: At least one row; of a rank only the rows of its `order.share_of` are looked at.
 
         Returns:
-            fp32 [N, ...] in the order of `x`, the same on every rank.
+            Outputs with rows in the order of those of `batch`, the same on every rank; floating point is fp32.
         """
         training = self.model.training
         self.model.eval()
         try:
             # Not inference mode: the tensors that fsdp gathers into are those of the next training step.
             with torch.inference_mode(mode=False), torch.no_grad():
-                return self.model(x).float() if self._group.world == 1 else self._outputs(x)
+                return self._called(batch) if self._group.world == 1 else self._outputs(batch)
         finally:
             self.model.train(training)
 
-    def _outputs(self, x: torch.Tensor) -> torch.Tensor:
+    def _called(self, batch: Batch) -> Batch:
+        outputs = call(self.model, batch, takes=self.takes, gives=self.gives)
+        return {name: each.float() if each.is_floating_point() else each for name, each in outputs.items()}
+
+    def _outputs(self, batch: Batch) -> Batch:
         assert self._buffers is not None
         self._buffers.follow_first(statistics=True)
-        rank, world = self._group.rank, self._group.world
-        share = share_of(len(x), rank=0, world=world).stop
-        rows = x[share_of(len(x), rank=rank, world=world)]
-        if len(rows) < share:
-            rows = torch.cat([rows, x[-1:].expand(share - len(rows), *x.shape[1:])])
+        rank, world, num = self._group.rank, self._group.world, num_rows(batch)
+        share = share_of(num, rank=0, world=world).stop
+        mine = share_of(num, rank=rank, world=world)
+        part = rows(batch, mine)
+        if mine.stop - mine.start < share:  # the last row again, so that all ranks send alike
+            chosen = torch.arange(mine.start, mine.start + share).clamp(max=num - 1)
+            part = rows(batch, chosen.to(self._group.device))
         try:
-            mine = self.model(rows).float().contiguous()
+            found = self._called(part)
         finally:
             # Whoever looks at the parameters now must find this rank's part, not what was gathered.
             for module in self.model.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()
-        every = mine.new_empty(world * share, *mine.shape[1:])
+        return {name: self._gathered(each.contiguous())[:num] for name, each in found.items()}
+
+    def _gathered(self, mine: torch.Tensor) -> torch.Tensor:
+        every = mine.new_empty(self._group.world * len(mine), *mine.shape[1:])
         dist.all_gather_single(every, mine)
-        return every[: len(x)]
+        return every
 
     def whole_model(self) -> nn.Module:
         """The model as it was before it was shared, with the weights that it has now, on every rank.
@@ -171,17 +186,21 @@ def share(
     group: Group,
     launch: LaunchConfig,
     precision: Precision,
+    given: Sequence[TensorSpec],
+    gives: Sequence[str],
+    sizes: Mapping[str, int] | None = None,
     fit: Fit = Fit(),  # noqa: B008  (frozen)
     batch_size: int = 1,
-    sample_shape: Sequence[int] | None = None,
-) -> Shared:
+) -> SharedModel:
     """Hand a model to a group: from now on every rank has rank 0's weights, and steps exchange gradients.
 
     Args:
         model: The same architecture on every rank, in fp32; it is changed in place and goes to the group's device. For
             fsdp on GPUs it may come in the machine's memory, so that no GPU ever holds all of it.
+        given: What it takes, in order.
+        gives: Names of its outputs.
+        sizes: Of the free axes of `given`, as a batch has them.
         batch_size: Samples of a step over all processes.
-        sample_shape: Of one input, without the batch, such as (C, H, W); None if nobody knows.
 
     Raises:
         RecipeError: `launch.cpu_offload` where there is nothing to offload.
@@ -193,10 +212,11 @@ def share(
             f"launch.cpu_offload keeps fsdp's part of a model off the GPU, but {where}",
             hint="--set launch.cpu_offload=false",
         )
+    made = partial(SharedModel, model, takes=[spec.name for spec in given], gives=gives, group=group, clock=clock)
     if group.world == 1:
         model.to(group.device)
-        return Shared(model, forward=model, group=group, strategy="single", reason="there is one process", clock=clock)
-    outline = outline_of(model, sample_shape=sample_shape)
+        return made(forward=model, strategy="single", reason="there is one process")
+    outline = outline_of(model, given=given, gives=gives, sizes=sizes)
     strategy, reason = choose(
         outline,
         fit=fit.model_copy(update={"precision": precision.name}),
@@ -211,7 +231,15 @@ def share(
         empty = on_meta(model)
         keep_activations(empty)
         _shard(model, group=group, precision=precision, clock=clock, offload=launch.cpu_offload)
-        return Shared(model, forward=model, group=group, strategy="fsdp", reason=reason, clock=clock, empty=empty)
+        return made(forward=model, strategy="fsdp", reason=reason, empty=empty)
+    if outline.unused is None:
+        reason += f"; parameters without a gradient are looked for in every step: {untraced(outline)}"
+    forward = _replicated(model, group=group, clock=clock, looks=outline.unused is None or bool(outline.unused))
+    return made(forward=forward, strategy="ddp", reason=reason)
+
+
+def _replicated(model: nn.Module, *, group: Group, clock: Clock, looks: bool) -> nn.Module:
+    """Under ddp; `looks` for parameters that get no gradient, in every step."""
     model.to(group.device)
     forward = nn.parallel.DistributedDataParallel(
         model,
@@ -219,10 +247,10 @@ def share(
         forward_sync_buffers=False,  # MovingBuffers does, when somebody reads them
         gradient_as_bucket_view=True,
         # Not static_graph, which knows such parameters at no cost: torch refuses it with no_sync in the first step.
-        find_unused_parameters=outline.unused is None or bool(outline.unused),
+        find_unused_parameters=looks,
     )
     forward.register_comm_hook(None, BucketClock(clock, world=group.world).average)
-    return Shared(model, forward=forward, group=group, strategy="ddp", reason=reason, clock=clock)
+    return forward
 
 
 # -- fsdp -------------------------------------------------------------------------------------------

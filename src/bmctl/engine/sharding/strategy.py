@@ -28,6 +28,7 @@ class Outline:
         num_gathered: Largest number that fsdp holds whole at once: a block, or what lies in no block.
         activation_bytes: Kept for the backward pass of one sample, in fp32; None if it could not be traced.
         unused: Names of trained parameters that the outputs do not depend on; None if it could not be traced.
+        untraced: Why it could not.
     """
 
     num_params: int
@@ -35,6 +36,7 @@ class Outline:
     num_gathered: int
     activation_bytes: int | None = None
     unused: tuple[str, ...] | None = ()
+    untraced: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,11 +121,16 @@ def choose(
     whole, part, most = found["ddp"].total, found["fsdp"].total, int(USABLE * memory_bytes)
     at_hand = f"{USABLE:.0%} of {amount(memory_bytes)}"
     if outline.activation_bytes is None and not fit.activation_checkpointing:
-        at_hand += " (without activations: the model cannot be traced on shapes alone)"
+        at_hand += f" (without activations: {untraced(outline)})"
     if whole <= most:
         return "ddp", f"{amount(whole)} in each process are at most {at_hand}"
     rest = f"fsdp takes {amount(part)}" + ("" if part <= most else ", which may be too much as well")
     return "fsdp", f"ddp's {amount(whole)} in each process are more than {at_hand}; {rest}"
+
+
+def untraced(outline: Outline) -> str:
+    """What to say of a model that could not be traced."""
+    return "the model cannot be traced on shapes alone" + (f", {outline.untraced}" if outline.untraced else "")
 
 
 def amount(size_bytes: int) -> str:

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from bmctl.core import memory
-from bmctl.engine.modules.buffers import copy_buffers, with_buffers
+from bmctl.engine.effects import no_trace
 from bmctl.engine.parallel import Group, Vote
-from bmctl.engine.randomness import random_state, set_random_state
 from bmctl.errors import ResourceError
 
 USABLE_RATIO = {"cpu": 0.8, "cuda": 0.9}
@@ -22,7 +21,7 @@ _MIB = 2**20
 
 
 @dataclass(frozen=True)
-class _Trial:
+class _Tried:
     """How much memory a batch took at its peak; None if there was not enough."""
 
     batch: int
@@ -30,7 +29,7 @@ class _Trial:
 
 
 def find_batch_size(
-    trial: Callable[[int], None], *, model: nn.Module, group: Group, limit: int
+    attempt: Callable[[int], object], *, model: nn.Module, group: Group, limit: int
 ) -> tuple[int, list[str]]:
     """The largest power of two that fits in one part of one process's share of a batch, the same for all ranks.
 
@@ -41,7 +40,7 @@ def find_batch_size(
     Weights, their gradients, buffers and all generators are as before; room for the optimizer's state is kept.
 
     Args:
-        trial: Runs forward and backward of so many samples.
+        attempt: Runs forward and backward of so many samples.
         model: What it trains: the plain one, on its device.
         group: Who must agree; processes of one machine try at the same time and share its memory.
         limit: Largest size that makes sense, such as the samples of an epoch over all parts of a batch.
@@ -55,27 +54,21 @@ def find_batch_size(
     device = group.device
     has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     size = min(2 if has_batch_norm else 1, max(1, limit))
-    kept, gradients = random_state(device), [(each, each.grad) for each in model.parameters()]
     room, base = _room(model, group), _taken(device)
-    tried: list[_Trial] = []
+    tried: list[_Tried] = []
     notes: list[str] = []
     best = 0
-    try:
-        while True:
-            tried.append(_try(trial, size, model=model, device=device, base=base))
-            peak, predicted = tried[-1].peak_bytes, _predicted(tried, model)
-            fits = peak is not None and peak <= room
-            goes_on = fits and 2 * size <= limit and (device.type == "cuda" or predicted <= room)
-            failed, stops = Vote(group, [int(not fits), int(not goes_on)]).result()
-            best = best if failed else size
-            notes.append(_line(tried[-1], room, limit, predicted, failed=bool(failed), goes_on=not stops))
-            if stops:
-                break
-            size *= 2
-    finally:
-        set_random_state(kept, device)
-        for weight, gradient in gradients:
-            weight.grad = gradient
+    while True:
+        tried.append(_measured(attempt, size, model=model, device=device, base=base))
+        peak, predicted = tried[-1].peak_bytes, _predicted(tried, model)
+        fits = peak is not None and peak <= room
+        goes_on = fits and 2 * size <= limit and (device.type == "cuda" or predicted <= room)
+        failed, stops = Vote(group, [int(not fits), int(not goes_on)]).result()
+        best = best if failed else size
+        notes.append(_line(tried[-1], room, limit, predicted, failed=bool(failed), goes_on=not stops))
+        if stops:
+            break
+        size *= 2
     if not best:
         raise ResourceError(
             f"train.batch_size is auto, and not even {size} at a time fit: {notes[-1]}",
@@ -84,7 +77,9 @@ def find_batch_size(
     return best, notes
 
 
-def _try(trial: Callable[[int], None], size: int, *, model: nn.Module, device: torch.device, base: int) -> _Trial:
+def _measured(
+    attempt: Callable[[int], object], size: int, *, model: nn.Module, device: torch.device, base: int
+) -> _Tried:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -92,8 +87,8 @@ def _try(trial: Callable[[int], None], size: int, *, model: nn.Module, device: t
         memory.reset_peak()
     has_room = True
     try:
-        with with_buffers(copy_buffers(model)):
-            trial(size)
+        with no_trace(model, device):
+            attempt(size)
     except torch.OutOfMemoryError:
         has_room = False
     except RuntimeError as error:
@@ -105,7 +100,7 @@ def _try(trial: Callable[[int], None], size: int, *, model: nn.Module, device: t
         torch.cuda.empty_cache()
     else:
         peak = memory.peak_bytes()
-    return _Trial(size, max(0, peak - base) if has_room else None)
+    return _Tried(size, max(0, peak - base) if has_room else None)
 
 
 def _room(model: nn.Module, group: Group) -> int:
@@ -124,7 +119,7 @@ def _taken(device: torch.device) -> int:
     return memory.resident_bytes()
 
 
-def _predicted(tried: list[_Trial], model: nn.Module) -> int:
+def _predicted(tried: list[_Tried], model: nn.Module) -> int:
     """Peak of twice the last size: as much more as the last size took above half of it, or above the gradients."""
     last = tried[-1].peak_bytes or 0
     if len(tried) == 1:
@@ -136,8 +131,8 @@ def _trained_bytes(model: nn.Module) -> int:
     return sum(each.numel() * each.element_size() for each in model.parameters() if each.requires_grad)
 
 
-def _line(trial: _Trial, room: int, limit: int, predicted: int, *, failed: bool, goes_on: bool) -> str:
-    size, peak = trial.batch, trial.peak_bytes
+def _line(tried: _Tried, room: int, limit: int, predicted: int, *, failed: bool, goes_on: bool) -> str:
+    size, peak = tried.batch, tried.peak_bytes
     start, at_hand = f"batch size, {size} at a time:", f"of {room / _MIB:.0f} MiB"
     if peak is None:
         return f"{start} does not fit in memory"

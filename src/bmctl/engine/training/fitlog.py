@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from bmctl.core.evaluation import Metric
 from bmctl.engine.context import StageContext
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ class FitLog:
     Args:
         context: Its first rank speaks.
         stage: Whose events these are, and the folder of TensorBoard's file.
-        metric: The task's, by name.
+        metric: The task's main one; lines and TensorBoard name it.
         batch_size: Samples per optimizer step, over all processes.
         steps_per_epoch: Whole global batches in the training data.
         num_steps: At which the training ends.
@@ -35,13 +36,14 @@ class FitLog:
         self,
         context: StageContext,
         stage: str,
-        metric: str,
+        metric: Metric,
         batch_size: int,
         steps_per_epoch: int,
         num_steps: int,
         eval_every_steps: int | None = None,
     ) -> None:
-        self._context, self._stage, self._metric = context, stage, metric
+        self._context, self._stage, self._metric = context, stage, metric.name
+        self._named = {"metric_name": metric.name, "metric_unit": metric.unit}
         self._batch_size, self._steps_per_epoch, self._num_steps = batch_size, steps_per_epoch, num_steps
         self._by_epoch = eval_every_steps is None
         self._board: SummaryWriter | None = None
@@ -121,7 +123,7 @@ class FitLog:
             steps=self._num_steps,
             loss=loss,
             metric=metric,
-            metric_name=self._metric,
+            **self._named,
             lr=lr,
             samples_per_s=speed,
             eta_s=eta_s if time_left_s is None else max(0.0, min(eta_s, time_left_s)),
@@ -162,7 +164,7 @@ class FitLog:
             steps=self._num_steps,
             loss=loss,
             metric=metric,
-            metric_name=self._metric,
+            **self._named,
             val_metric=val_metric,
             val_loss=val_loss,
             is_best=is_best,
@@ -187,7 +189,7 @@ class FitLog:
             steps=step,
             best_step=best_step,
             val_metric=val_metric,
-            metric_name=self._metric,
+            **self._named,
             seconds=self.train_s,
             samples_per_s=self.num_steps_here * self._batch_size / max(1e-9, self.train_s),
             **({"parts": dict(parts)} if parts and any(parts.values()) else {}),

@@ -1,28 +1,28 @@
 """The steps of one training: batches in, weights changed, evaluations and checkpoints at the borders.
 
-x_BCHW: this process's share of a batch, preprocessed; y_B: their targets. b: one of the parts it is cut into.
+A batch is this process's share of it; it may be cut into parts.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from contextlib import AbstractContextManager
 
 import torch
 
+from bmctl.engine.batch import Batch, call, chunks
 from bmctl.engine.checkpoints import checkpoint
-from bmctl.engine.loading.loader import Loader, open_loader
 from bmctl.engine.parallel import Vote
-from bmctl.engine.training.position import Position, Setting, diverged, is_over, save
+from bmctl.engine.training.checkpointing import save
 from bmctl.engine.training.schedule import learning_rate
 from bmctl.engine.training.tracing import Tracer, tracing
+from bmctl.engine.training.training import Position, Training, diverged, is_over
 from bmctl.engine.training.validation import StoppedError, validate
 from bmctl.errors import PreemptedError
 from bmctl.processes.signals import interrupted
 
 
-def run(setting: Setting, position: Position) -> str:
+def run(training: Training, position: Position) -> str:
     """Go on from `position` until nothing is left to do; returns why it ended.
 
     Raises:
@@ -30,183 +30,162 @@ def run(setting: Setting, position: Position) -> str:
         InterruptedRunError: SIGINT came, and a checkpoint was published.
         DivergedError: The loss is no longer finite.
     """
-    setting.model.train()
-    _border(setting, position)
-    with _loader(setting) as loader, _tracing(setting, position) as tracer:
-        while not (why := is_over(setting, position)):
-            _run_epoch(setting, position, loader, tracer)
-    setting.log.pause()
-    setting.saver.finish()
+    training.model.train()
+    _border(training, position)
+    left = training.num_steps - position.step
+    with tracing(training.context, stage=training.stage, num_steps=left, note=training.log.note) as tracer:
+        while not (why := is_over(training, position)):
+            _run_epoch(training, position, tracer)
+    training.log.pause()
+    training.saver.finish()
     return why
 
 
-def _run_epoch(setting: Setting, position: Position, loader: Loader, tracer: Tracer) -> None:
+def _run_epoch(training: Training, position: Position, tracer: Tracer) -> None:
     """The steps that are left of the epoch in which `position` lies."""
-    epoch, first = divmod(position.step, setting.steps_per_epoch)
-    setting.watch.start()
+    epoch, first = divmod(position.step, training.steps_per_epoch)
+    training.watch.start()
     began = time.perf_counter()
-    for x_BCHW, y_B in loader.batches(epoch=epoch, start_step=first):
-        setting.watch.lap("data")
-        signum = _step(setting, position, x_BCHW, y_B)
+    for batch in training.feed.batches(epoch=epoch, start_step=first):
+        training.watch.lap("data")
+        signum = _step(training, position, batch)
         position.elapsed_s += time.perf_counter() - began
         tracer.step()
         if signum:
-            _stop(setting, position, signum)
-        _border(setting, position)
-        if is_over(setting, position):
+            _stop(training, position, signum)
+        _border(training, position)
+        if is_over(training, position):
             return
         began = time.perf_counter()
-
-
-def _tracing(setting: Setting, position: Position) -> AbstractContextManager[Tracer]:
-    left = setting.num_steps - position.step
-    return tracing(setting.context, stage=setting.stage, num_steps=left, note=setting.log.note)
-
-
-def _loader(setting: Setting) -> AbstractContextManager[Loader]:
-    """This process's share of every batch, on the device."""
-    group, data = setting.context.group, setting.context.recipe.data
-    assert data is not None
-    return open_loader(
-        setting.train,
-        seed=setting.seed,
-        batch_size=setting.batch_size,
-        rank=group.rank,
-        world=group.world,
-        num_workers=setting.num_workers,
-        prefetch=data.prefetch,
-        pin=group.device.type == "cuda",
-        device=group.device,
-        channels_last=setting.fit.channels_last,
-    )
 
 
 # -- steps ------------------------------------------------------------------------------------------
 
 
-def _step(setting: Setting, position: Position, x_BCHW: torch.Tensor, y_B: torch.Tensor) -> int:
+def _step(training: Training, position: Position, batch: Batch) -> int:
     """One optimizer step; returns the number of the signal to stop for, agreed by all ranks, or 0."""
-    fit, context, watch, optimizer = setting.fit, setting.context, setting.watch, setting.optimizer
-    rate = learning_rate(fit.schedule, peak=fit.optimizer.lr, step=position.step, num_steps=setting.num_steps)
+    fit, context, watch, optimizer = training.fit, training.context, training.watch, training.optimizer
+    rate = learning_rate(fit.schedule, peak=fit.optimizer.lr, step=position.step, num_steps=training.num_steps)
     optimizer.set_rate(rate)
-    sums = _gradients(setting, x_BCHW, y_B)
-    due = setting.log.tick()
+    sums = _gradients(training, batch)
+    due = training.log.tick()
     # Without a norm to look at, the loss alone tells; on a GPU asking for it means waiting, so not at every step.
     looks = due or fit.skip_non_finite > 0 or fit.clip_norm is not None or context.group.device.type == "cpu"
     is_lost = looks and not math.isfinite(float(sums[0]))
     if fit.clip_norm is not None or fit.skip_non_finite:
-        optimizer.unscale(setting.scaler)
-        norm = setting.shared.clip(fit.clip_norm)
+        optimizer.unscale(training.scaler)
+        norm = training.shared.clip(fit.clip_norm)
         # Under a scaler an overflow is its own business: it leaves the step out and scales less.
-        is_lost = is_lost or (not setting.scaler.is_enabled() and not math.isfinite(float(norm)))
+        is_lost = is_lost or (not training.scaler.is_enabled() and not math.isfinite(float(norm)))
     is_late = fit.max_time_s is not None and position.elapsed_s >= fit.max_time_s
-    vote = Vote(context.group, [context.stop.requested or 0, is_lost, setting.saver.status(), is_late])
+    vote = Vote(context.group, [context.stop.requested or 0, is_lost, training.saver.status(), is_late])
     if not (fit.skip_non_finite and vote.result()[1]):
-        optimizer.step(setting.scaler)
+        optimizer.step(training.scaler)
         position.sums += sums
-        if setting.average is not None:
-            setting.average.update(position.step)
-    setting.scaler.update()
+        if training.average is not None:
+            training.average.update(position.step)
+    training.scaler.update()
     optimizer.zero_grad()
     watch.lap("optimizer")
     signum, lost, saving, late = vote.result()
     watch.lap("communication")
     position.step += 1
+    training.feed.after(position.step)
     position.skipped = position.skipped + 1 if lost else 0
     if lost:
-        _skip(setting, position)
-    setting.saver.advance(saving)
+        _skip(training, position)
+    training.saver.advance(saving)
     position.is_late = position.is_late or bool(late)
     context.beat(position.step, "training")
     if due:
         loss, score = position.means()
-        setting.log.step(
+        training.log.step(
             position.step,
             loss=loss,
             metric=score,
             lr=rate,
             parts=watch.take(),
-            time_left_s=_time_left_s(setting, position),
+            time_left_s=_time_left_s(training, position),
         )
     return signum
 
 
-def _time_left_s(setting: Setting, position: Position) -> float | None:
-    budget_s = setting.fit.max_time_s
+def _time_left_s(training: Training, position: Position) -> float | None:
+    budget_s = training.fit.max_time_s
     return None if budget_s is None else budget_s - position.elapsed_s
 
 
-def _gradients(setting: Setting, x_BCHW: torch.Tensor, y_B: torch.Tensor) -> torch.Tensor:
+def _gradients(training: Training, batch: Batch) -> torch.Tensor:
     """Add the batch's gradients up, part by part; returns loss, score and 1, as float64 [3]."""
-    shared, watch, device, num_parts = setting.shared, setting.watch, x_BCHW.device, setting.fit.accumulate
+    shared, watch, num_parts = training.shared, training.watch, training.fit.accumulate
+    task, takes, gives, device = training.task, training.takes, training.gives, training.context.group.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     sums[2] = 1
-    pairs = zip(x_BCHW.chunk(num_parts), y_B.chunk(num_parts), strict=True)
-    for part, (x_bCHW, y_b) in enumerate(pairs, start=1):
-        with shared.exchange(part == num_parts):
-            with setting.precision.autocast(device):
-                outputs = setting.forward(x_bCHW)
-            loss = setting.task.loss(outputs, y_b, config=setting.task_config)
-            if setting.teacher is not None and setting.distill is not None:
-                loss = _distilled(setting, loss, outputs, x_bCHW)
+    for number, part in enumerate(chunks(batch, num_parts), start=1):
+        with shared.exchange(number == num_parts):
+            with training.precision.autocast(device):
+                outputs = call(training.forward, part, takes=takes, gives=gives)
+            loss = task.loss(outputs, part, config=training.task_config)
+            if training.teacher is not None and training.distill is not None:
+                loss = _distilled(training, loss, outputs, part)
             watch.lap("forward")
-            setting.scaler.scale(loss / num_parts if num_parts > 1 else loss).backward()
+            training.scaler.scale(loss / num_parts if num_parts > 1 else loss).backward()
         with torch.no_grad():
             sums[0] += loss.detach() / num_parts
-            sums[1] += setting.task.score(outputs.detach(), y_b).mean() / num_parts
+            sums[1] += task.score(outputs, part).mean() / num_parts
         watch.lap("backward")
     watch.add("communication", shared.take_communication_s())
     return sums
 
 
-def _distilled(setting: Setting, loss: torch.Tensor, outputs: torch.Tensor, x_bCHW: torch.Tensor) -> torch.Tensor:
-    assert setting.teacher is not None and setting.distill is not None
-    with torch.no_grad(), setting.precision.autocast(x_bCHW.device):
-        taught = setting.teacher(x_bCHW)
-    weight = setting.distill.weight
-    hint = setting.task.distill_loss(outputs, taught, temperature=setting.distill.temperature)
+def _distilled(training: Training, loss: torch.Tensor, outputs: Batch, part: Batch) -> torch.Tensor:
+    assert training.teacher is not None and training.distill is not None
+    with torch.no_grad(), training.precision.autocast(training.context.group.device):
+        taught = call(training.teacher, part, takes=training.takes, gives=training.gives)
+    weight = training.distill.weight
+    hint = training.task.distill_loss(outputs, taught, temperature=training.distill.temperature)
     return (1 - weight) * loss + weight * hint
 
 
-def _skip(setting: Setting, position: Position) -> None:
+def _skip(training: Training, position: Position) -> None:
     """Say that a step was left out, or give up."""
-    if position.skipped > setting.fit.skip_non_finite:
-        raise diverged(setting, position)
-    setting.log.note(
+    if position.skipped > training.fit.skip_non_finite:
+        raise diverged(training, position)
+    training.log.note(
         f"step {position.step} was left out: loss or gradient is not finite "
-        f"({position.skipped} in a row, train.skip_non_finite is {setting.fit.skip_non_finite})"
+        f"({position.skipped} in a row, train.skip_non_finite is {training.fit.skip_non_finite})"
     )
 
 
 # -- borders ----------------------------------------------------------------------------------------
 
 
-def _border(setting: Setting, position: Position) -> None:
+def _border(training: Training, position: Position) -> None:
     """Evaluate and save where it is time to; a step is saved once it is validated."""
-    over = bool(is_over(setting, position))
-    validates = position.validated_step < position.step and (position.step % setting.eval_every == 0 or over)
+    over = bool(is_over(training, position))
+    validates = position.validated_step < position.step and (position.step % training.eval_every == 0 or over)
     if validates:
-        setting.log.pause()
+        training.log.pause()
         try:
-            validate(setting, position)
+            validate(training, position)
         except StoppedError as stopped:
-            _stop(setting, position, stopped.signum)
-        over = bool(is_over(setting, position))
-    saves = position.step > 0 and (position.step % setting.save_every == 0 or over)
+            _stop(training, position, stopped.signum)
+        over = bool(is_over(training, position))
+    saves = position.step > 0 and (position.step % training.save_every == 0 or over)
     if saves:
-        setting.log.pause()
-        save(setting, position)
+        training.log.pause()
+        save(training, position)
     if validates or saves:
-        setting.log.begin()
-        setting.watch.start()
+        training.log.begin()
+        training.watch.start()
 
 
-def _stop(setting: Setting, position: Position, signum: int) -> None:
+def _stop(training: Training, position: Position, signum: int) -> None:
     """Publish a checkpoint and end the run."""
-    save(setting, position)
-    setting.saver.finish()
-    path = checkpoint.path_of(checkpoint.folder_of(setting.context.run, setting.stage), position.step)
-    ended = interrupted(signum, f"stopped at step {position.step} of {setting.num_steps}; it is saved in {path}")
+    save(training, position)
+    training.saver.finish()
+    path = checkpoint.path_of(checkpoint.folder_of(training.context.run, training.stage), position.step)
+    ended = interrupted(signum, f"stopped at step {position.step} of {training.num_steps}; it is saved in {path}")
     ended.hint = "run the same command with --resume to go on"
     if ended.exit_code == 130:
         raise ended

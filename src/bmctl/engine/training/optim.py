@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from bmctl.engine.training.gathered import step_gathered
 from bmctl.engine.training.groups import matrices, parameter_groups
 from bmctl.errors import PackageError, RecipeError
 from bmctl.fit import SGD, Adafactor, Adam, AdamW, Muon, Optimizer, RMSprop
@@ -18,6 +17,9 @@ Read = Callable[[str, torch.Tensor | None], torch.Tensor]
 """Gives the saved tensor of a key; for a DTensor as second argument, a DTensor that is spread in the same way."""
 
 _WHOLE = (torch.optim.Muon, torch.optim.Adafactor)
+"""They look at rows and columns of a matrix at once; torch 2.14 cannot step them on DTensors."""
+_SMALL = ("row_var", "col_var")
+"""State of another shape than its parameter: every process keeps all of it."""
 
 
 class Optimizers:
@@ -47,7 +49,7 @@ class Optimizers:
             scaler.step(self)  # type: ignore[arg-type]
             return
         for part in self.parts:
-            step_gathered(part) if isinstance(part, _WHOLE) and _is_shared(part.param_groups) else part.step()
+            _step_gathered(part) if isinstance(part, _WHOLE) and _is_shared(part.param_groups) else part.step()
 
     def zero_grad(self) -> None:
         """Let go of all gradients."""
@@ -170,6 +172,49 @@ def _started(parts: list[torch.optim.Optimizer], rate: float) -> Optimizers:
     optimizers = Optimizers(parts)
     optimizers.set_rate(rate)
     return optimizers
+
+
+# -- parameters of which each process holds a part ----------------------------------------------------
+
+
+def _step_gathered(part: torch.optim.Optimizer) -> None:
+    """What ``part.step()`` would do in one process: parameter by parameter gathered, stepped, and shared out again.
+
+    Args:
+        part: Muon or Adafactor. Collective: every process of the group calls it, after the same backward.
+    """
+    for group in part.param_groups:
+        for weight in group["params"]:
+            if weight.grad is not None:
+                _step_one(part, group, weight)
+
+
+@torch.no_grad()
+def _step_one(part: torch.optim.Optimizer, group: dict[str, object], weight: torch.Tensor) -> None:
+    whole = torch.nn.Parameter(_gathered(weight.detach()))
+    assert weight.grad is not None
+    whole.grad = _gathered(weight.grad)
+    alone = type(part)([{**group, "params": [whole]}])  # type: ignore[call-arg]
+    if weight in part.state:
+        alone.state[whole] = {kind: _gathered(value) for kind, value in part.state[weight].items()}
+    alone.step()
+    weight.copy_(_shared_out(whole.detach(), weight))
+    part.state[weight] = {
+        kind: _shared_out(value, weight) if value.shape == weight.shape and kind not in (*_SMALL, "step") else value
+        for kind, value in alone.state[whole].items()
+    }
+
+
+def _gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a DTensor, in every process; another tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _shared_out(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This process's part: all have computed the same, so nothing is sent."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 # -- state --------------------------------------------------------------------------------------------

@@ -38,8 +38,6 @@ class Stopwatch:
         else:
             self._mark = time.perf_counter()
 
-    skip = start
-
     def lap(self, part: str) -> None:
         """The time since the last mark was spent on `part`, one of PARTS."""
         if self._is_gpu:

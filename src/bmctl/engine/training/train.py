@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -14,16 +16,17 @@ from torch import nn
 from bmctl.core.evaluation import Evaluation
 from bmctl.engine.computing.recompute import keep_activations
 from bmctl.engine.context import StageContext
-from bmctl.engine.loading.data import Split
+from bmctl.engine.loading.split import Split
 from bmctl.engine.sharding.communication import Clock
-from bmctl.engine.sharding.shared import Shared
-from bmctl.engine.training import loop, position
-from bmctl.engine.training.position import Position, Setting
-from bmctl.engine.training.prepare import Training, differences, digest, prepare, settings_of
+from bmctl.engine.sharding.shared import SharedModel
+from bmctl.engine.training import loop
+from bmctl.engine.training.checkpointing import find_start, go_on
+from bmctl.engine.training.feed import open_feed
+from bmctl.engine.training.setup import differences, set_up
+from bmctl.engine.training.training import Position, Training, start
 from bmctl.engine.training.validation import evaluate
-from bmctl.errors import DivergedError, RecipeError
+from bmctl.errors import DivergedError
 from bmctl.fit import Distill, Fit
-from bmctl.recipe import Recipe
 from bmctl.schema import Strict
 
 
@@ -70,7 +73,7 @@ def fit(
     """Train `model`; go on with the model of the result.
 
     Args:
-        model: From x [B, C, H, W] to the task's outputs, on any device.
+        model: Takes, by position, the fields of a batch that the input gives; on any device.
         fit: The recipe's `train` section, or a step's `recover.fit`.
         train: What the steps are made of.
         val: What weights are selected by.
@@ -96,90 +99,98 @@ def fit(
     training = Training(
         model, fit, train, val, task, task_config, context, stage, seed, teacher, asked, inputs_hash, about or {}
     )
-
-    def say(text: str) -> None:
-        if context.group.leads:
-            context.emit({"event": "note", "stage": stage, "text": text})
-
     with ExitStack() as undo:
-        found = position.find_start(context, stage=stage, fit=fit, model=model, note=say)
-        setting = prepare(training, found, undo)
-        precision = setting.precision
-        notes = (f"{precision.name}: {precision.reason}", *training.notes, *differences(model, context.group, fit))
-        for text in (*notes, *training.remarks):
-            say(text)
-        where = position.start(setting) if found is None else position.go_on(setting, found)
-        why = _run(setting, where)
+        found = find_start(context, stage=stage, fit=fit, model=model, note=partial(_say, training))
+        set_up(training, found, undo)
+        notes = _told(training)
+        pin, workers = context.group.device.type == "cuda", training.num_workers
+        with open_feed(training, batch_size=training.batch_size, num_workers=workers, pin=pin) as training.feed:
+            where = start(training) if found is None else go_on(training, found)
+            why = _run(training, where)
         context.beat(where.step, "finishing")
-        kept, evaluation = _select(setting, where)
-    ended = (why,) if why != "done" else ()
+        kept, evaluation = _select(training, where)
     assert where.best_step is not None
-    return FitResult(
-        kept, evaluation, where.step, where.best_step, precision.name, setting.batch_size, (*notes, *ended)
-    )
+    precision, ended = training.precision.name, (why,) if why != "done" else ()
+    return FitResult(kept, evaluation, where.step, where.best_step, precision, training.batch_size, (*notes, *ended))
 
 
-def _run(setting: Setting, where: Position) -> str:
-    log = setting.log
+def _say(training: Training, text: str) -> None:
+    if training.context.group.leads:
+        training.context.emit({"event": "note", "stage": training.stage, "text": text})
+
+
+def _told(training: Training) -> tuple[str, ...]:
+    """Say what was settled; returns what bears on the weights."""
+    precision, rest = training.precision, differences(training.model, training.context.group, training.fit)
+    notes = (f"{precision.name}: {precision.reason}", *training.notes, *rest)
+    for text in (*notes, *training.remarks):
+        _say(training, text)
+    return notes
+
+
+def _run(training: Training, where: Position) -> str:
+    log = training.log
     log.emit(
         "start",
-        steps=setting.num_steps,
-        epochs=-(-setting.num_steps // setting.steps_per_epoch),
+        steps=training.num_steps,
+        epochs=-(-training.num_steps // training.steps_per_epoch),
         step=where.step,
-        precision=setting.precision.name,
+        precision=training.precision.name,
     )
     log.open(step=where.step)
     try:
-        why = loop.run(setting, where)
+        why = loop.run(training, where)
     except Exception as error:
         # Divergence is agreed upon: all ranks are here, and what is being saved is from before it.
-        if setting.context.group.world == 1 or isinstance(error, DivergedError):
-            setting.saver.finish()
+        if training.context.group.world == 1 or isinstance(error, DivergedError):
+            training.saver.finish()
         raise
     finally:
-        setting.saver.abandon()
+        training.saver.abandon()
         log.close()
     if why != "done":
         log.note(why)
     assert where.best_step is not None
-    log.done(where.step, best_step=where.best_step, val_metric=where.best_value, parts=setting.watch.overall())
+    log.done(where.step, best_step=where.best_step, val_metric=where.best_value, parts=training.watch.overall())
     return why
 
 
-def training_key(recipe: Recipe, *, data_fingerprint: str, start: str | None = None) -> str:
-    """SHA-256 of everything that a training depends on, with the hash of the package it starts from: its key."""
-    fit = recipe.train
-    if fit is None:
-        raise RecipeError(f"recipe {recipe.name!r} has no train section", hint="add one: train: {epochs: 10}")
-    return digest(settings_of(recipe, fit, "train", recipe.seed, None, start or "") | {"data": data_fingerprint})
-
-
-def _select(setting: Setting, where: Position) -> tuple[nn.Module, Evaluation | None]:
+def _select(training: Training, where: Position) -> tuple[nn.Module, Evaluation | None]:
     """A model with the weights that the recipe selects; what they are worth, on rank 0."""
-    model, fit = setting.model, setting.fit
+    model, fit = training.model, training.fit
     is_last = fit.select == "last" or where.best_step == where.step
     if not is_last:
         model.load_state_dict(where.best)
-    elif setting.average is not None:
-        model.load_state_dict(setting.average.tensors())
-    whole = setting.shared.whole_model()
+    elif training.average is not None:
+        model.load_state_dict(training.average.tensors())
+    whole = training.shared.whole_model()
     keep_activations(whole)
     whole.to(memory_format=torch.contiguous_format).eval()
     known = where.best_evaluation if where.best_step == where.step or not is_last else None
-    if setting.shared.strategy == "fsdp":
-        setting, known = _made_whole(setting, whole), None
+    if training.shared.strategy == "fsdp":
+        training, known = _made_whole(training, whole), None
     if known is None:
-        known = evaluate(setting, step=where.step)
-    return whole, known if setting.context.group.leads else None
+        known = evaluate(training, step=where.step)
+    return whole, known if training.context.group.leads else None
 
 
-def _made_whole(setting: Setting, whole: nn.Module) -> Setting:
+def _made_whole(training: Training, whole: nn.Module) -> Training:
     """To evaluate in fp32: parts are gathered, and compute, in the format that they were trained in."""
-    group = setting.context.group
+    group, made = training.context.group, copy(training)
     try:
         whole.to(group.device)
     except torch.OutOfMemoryError:
-        setting.log.note(f"no GPU holds the whole model: the last evaluation is in {setting.precision.name}")
-        return setting
-    shared = Shared(whole, forward=whole, group=group, strategy="ddp", reason="", clock=Clock(group.device))
-    return replace(setting, shared=shared, average=None)
+        training.log.note(f"no GPU holds the whole model: the last evaluation is in {training.precision.name}")
+        return training
+    made.model, made.average = whole, None
+    made.shared = SharedModel(
+        whole,
+        forward=whole,
+        takes=training.takes,
+        gives=training.gives,
+        group=group,
+        strategy="ddp",
+        reason="",
+        clock=Clock(group.device),
+    )
+    return made

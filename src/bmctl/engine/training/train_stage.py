@@ -7,20 +7,23 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bmctl.engine import randomness
+from bmctl.engine import effects
 from bmctl.engine.checkpoints.consolidate import About
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import appraise
-from bmctl.engine.loading.data import Split, array_batches, data_fingerprint, open_split
+from bmctl.engine.loading.arrays import array_batches
+from bmctl.engine.loading.data import data_fingerprint, open_split, resolve_input
 from bmctl.engine.loading.leaks import check_leaks
-from bmctl.engine.loading.preprocess import resolve_preprocess
+from bmctl.engine.loading.split import Split
+from bmctl.engine.modelspec import model_spec, signatures
 from bmctl.engine.parallel import settle
-from bmctl.engine.training.train import FitResult, fit, training_key
+from bmctl.engine.training.identity import training_key
+from bmctl.engine.training.train import FitResult, fit
 from bmctl.errors import BmctlError, DataError, RecipeError, UsageError
-from bmctl.models import ModelConfig, ModelSpec, build, input_defaults, resolve, spec_args
-from bmctl.package import Manifest, ModelPackage, derive, load_model, open_package, save_package
-from bmctl.recipe import Recipe, recipe_yaml
-from bmctl.schema import BATCH, TensorSpec
+from bmctl.models import ModelConfig, ModelSpec, build, published
+from bmctl.package import Manifest, ModelPackage, derive, open_package, save_package
+from bmctl.recipe import recipe_yaml
+from bmctl.restore import load_model
 from bmctl.tasks import TASKS
 
 STAGE = "train"
@@ -48,15 +51,16 @@ def train_stage(context: StageContext, *, start: ModelPackage | None = None) -> 
     number = int(start.path.name.split("-", 1)[0]) + 1 if start else 0
     stage = f"{number:02d}-{STAGE}" if start else STAGE
     target = context.run / "packages" / f"{number:02d}-{STAGE}"
-    key = training_key(recipe, data_fingerprint=data_fingerprint(recipe), start=start.hash if start else None)
+    data = context.data
+    key = training_key(recipe, data_fingerprint=data_fingerprint(data), start=start.hash if start else None)
     done = _done(context, target, key=key)
     if done is not None:
         return done if context.group.leads else None
-    preprocess = start.manifest.preprocess if start and start.manifest.preprocess else resolve_preprocess(recipe)
-    train = open_split(recipe, name="train", preprocess=preprocess, augment=True)
-    val = open_split(recipe, name="val", preprocess=preprocess)
-    model, spec, said = _load(start, train) if start else _build(recipe, train)
-    notes = (*check_leaks(recipe), *said)
+    given = start.given if start and start.given else resolve_input(data)
+    train = open_split(data, name="train", given=given, augment=True)
+    val = open_split(data, name="val", given=given)
+    model, about, said = _load(context, start, train) if start else _build(context, train)
+    notes = (*check_leaks(data), *said)
     for text in notes if context.group.leads else ():
         context.emit({"event": "note", "stage": stage, "text": text})
     result = fit(
@@ -70,62 +74,69 @@ def train_stage(context: StageContext, *, start: ModelPackage | None = None) -> 
         stage=stage,
         seed=recipe.seed,
         inputs_hash=start.hash if start else "",
-        about=About(
-            model=spec,
-            preprocess=preprocess,
-            class_names=train.class_names,
-            task=recipe.task.model_dump(mode="json"),
-            data_fingerprint=data_fingerprint(recipe),
-            history=start.manifest.history if start else (),
-            recipe=recipe.model_dump(mode="json"),
-        ).to_json(),
+        about=about.to_json(),
     )
     error, package = None, None
     context.beat(result.steps, "finishing")
     if context.group.leads:
         try:
-            package = _publish(context, result, start=start, spec=spec, val=val, target=target, key=key, notes=notes)
+            package = _publish(context, result, about, start=start, val=val, target=target, key=key, notes=notes)
         except BmctlError as failed:
             error = failed
     settle(context.group, error)
     return package
 
 
-def _build(recipe: Recipe, train: Split) -> tuple[nn.Module, ModelSpec, tuple[str, ...]]:
+def _build(context: StageContext, train: Split) -> tuple[nn.Module, About, tuple[str, ...]]:
     """The recipe's model, how to build it again, and what is to be said of it."""
+    recipe = context.recipe
     assert recipe.model is not None
-    spec = resolve(
-        ModelSpec(
-            name=recipe.model.name,
-            args=spec_args(recipe.model),
-            num_classes=len(train.class_names),
-            channels=train.preprocess.channels,
-            size=train.preprocess.size,
-        )
-    )
-    randomness.seed_all(recipe.seed, stage="build")
+    spec = model_spec(recipe.model, given=train.given, task=train.task, facts=train.facts)
+    effects.seed_all(recipe.seed, stage="build")
     model = build(spec, pretrained=recipe.model.pretrained)
-    return model, spec, _new_head(recipe.model, num_classes=spec.num_classes)
+    return model, _about(context, spec, train), _new_head(recipe.model, spec)
 
 
-def _load(start: ModelPackage, train: Split) -> tuple[nn.Module, ModelSpec, tuple[str, ...]]:
-    """The package's model, of which the data must know as many classes."""
-    model, spec = load_model(start), start.manifest.model
-    assert spec is not None
-    if spec.num_classes != len(train.class_names):
-        raise DataError(
-            f"{start.path} tells {spec.num_classes} classes apart, the training data have {len(train.class_names)}",
-            hint="train the recipe's own model, whose last layer fits: bmctl train --recipe RECIPE",
-        )
-    return model, spec, ()
+def _load(context: StageContext, start: ModelPackage, train: Split) -> tuple[nn.Module, About, tuple[str, ...]]:
+    """The package's model, for which the data must tell the same."""
+    spec = start.manifest.model
+    model = load_model(start)
+    assert spec is not None and train.task is not None
+    told = TASKS[train.task.kind].told(train.facts)
+    for name, found in told.items():
+        if spec.told.get(name) != found:
+            raise DataError(
+                f"{start.path} tells {spec.told.get(name)} {name.removeprefix('num_').replace('_', ' ')} apart, "
+                f"the training data have {found}",
+                hint="train the recipe's own model, which fits: bmctl train --recipe RECIPE",
+            )
+    about = _about(context, spec, train)
+    return model, about.model_copy(update={"history": start.manifest.history}), ()
 
 
-def _new_head(config: ModelConfig, *, num_classes: int) -> tuple[str, ...]:
+def _about(context: StageContext, spec: ModelSpec, train: Split) -> About:
+    recipe, given = context.recipe, train.given
+    return About(
+        model=spec,
+        parts=signatures(given=given, task=train.task, facts=train.facts),
+        input=given.spec,
+        files={name: content.decode() for name, content in given.files.items()},
+        task=train.task.model_dump(mode="json"),
+        facts=train.facts.model_dump(mode="json"),
+        data_fingerprint=data_fingerprint(context.data),
+        recipe=recipe.model_dump(mode="json"),
+    )
+
+
+def _new_head(config: ModelConfig, spec: ModelSpec) -> tuple[str, ...]:
     """What is to be said when published weights do not bring the last layer."""
-    published = input_defaults(config).num_classes if config.pretrained else None
-    if published in (None, num_classes):
+    known, num_classes = published(config) if config.pretrained else None, spec.told.get("num_classes")
+    if known is None or known.num_classes == num_classes:
         return ()
-    return (f"{config.name}: its last layer tells {published} classes apart, a new one is trained for {num_classes}",)
+    if known.num_classes is None:
+        return (f"{config.name}: it brings no classifier, one is trained for {num_classes} classes",)
+    told = f"its last layer tells {known.num_classes} classes apart"
+    return (f"{config.name}: {told}, a new one is trained for {num_classes}",)
 
 
 def _done(context: StageContext, target: Path, *, key: str) -> ModelPackage | None:
@@ -148,20 +159,19 @@ def _done(context: StageContext, target: Path, *, key: str) -> ModelPackage | No
 def _publish(
     context: StageContext,
     result: FitResult,
+    about: About,
     *,
     start: ModelPackage | None,
-    spec: ModelSpec,
     val: Split,
     target: Path,
     key: str,
     notes: tuple[str, ...],
 ) -> ModelPackage:
-    model, evaluation, preprocess, recipe = result.model, result.val, val.preprocess, context.recipe
-    assert evaluation is not None and recipe.task is not None
-    example = torch.from_numpy(next(array_batches(val, batch_size=2))[0])
+    model, evaluation, recipe = result.model, result.val, context.recipe
+    assert evaluation is not None
+    batch = next(array_batches(val, batch_size=2))
+    example = {spec.name: torch.from_numpy(batch[spec.name]) for spec in about.model.given}
     numbers = appraise.module_numbers(context, model, before=None, example=example)
-    shape = (BATCH, preprocess.channels, *preprocess.size)
-    meaning = "normalised image, channels first"
     metrics = {
         "val": appraise.metric_of(evaluation),
         "train": {
@@ -176,21 +186,25 @@ def _publish(
     fresh = Manifest(
         stage=STAGE,
         key=key,
-        model=spec,
-        inputs=(TensorSpec(name="input", shape=shape, dtype="float32", meaning=meaning),),
-        outputs=(TensorSpec(name="logits", shape=(BATCH, spec.num_classes), dtype="float32", meaning="class scores"),),
-        preprocess=preprocess,
-        class_names=val.class_names,
-        task=recipe.task.model_dump(mode="json"),
+        model=about.model,
+        parts=about.parts,
+        input=about.input,
+        task=about.task,
+        facts=about.facts,
         metrics=metrics,
-        data_fingerprint=data_fingerprint(recipe),
+        data_fingerprint=about.data_fingerprint,
         notes=all_notes,
     )
     if start:
         further = derive(start, stage=STAGE, key=key, metrics=metrics, notes=all_notes)
         fresh = further.model_copy(update={"task": fresh.task, "data_fingerprint": fresh.data_fingerprint})
     package = save_package(
-        target, manifest=fresh, recipe_yaml=recipe_yaml(recipe), model=model, overwrite=context.overwrite
+        target,
+        manifest=fresh,
+        recipe_yaml=recipe_yaml(recipe),
+        model=model,
+        files=about.given.files,
+        overwrite=context.overwrite,
     )
     appraise.file_score(context, package, evaluation, backend="eager")
     context.emit({"event": "stage_done", "stage": STAGE, "package": str(target), **package.manifest.metrics})

@@ -1,0 +1,170 @@
+"""``bmctl:NAME``: small networks of our own.
+
+A new one is a class in own/networks.py, its arguments here, which build it for a spec, and a line in NETWORKS.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BeforeValidator, Field, ValidationError
+
+from bmctl.core.published import Published
+from bmctl.errors import RecipeError
+from bmctl.models.spec import (
+    Drops,
+    ModelConfig,
+    ModelSpec,
+    Probability,
+    bare_name,
+    check_text,
+    image_of,
+    told_of,
+)
+from bmctl.schema import Many, Strict
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Width = Annotated[int, Field(ge=1, le=65536)]
+Widths = Annotated[Many[Width], BeforeValidator(lambda value: (value,) if type(value) is int else value)]
+
+
+class ResCNN(Strict):
+    """Attributes:
+    width: Channels of the first block; the others have twice and four times as many.
+    """
+
+    width: Width = 32
+    dropout: Probability = 0.0
+    stochastic_depth: Probability = 0.0
+
+    def build(self, spec: ModelSpec) -> nn.Module:
+        """Raises:
+        RecipeError: Images that two halvings leave nothing of.
+        """
+        from bmctl.models.own import networks
+
+        channels, size = image_of(spec)
+        if min(size) < networks.ResCNN.MIN_SIZE:
+            raise RecipeError(
+                f"{spec.name} takes images of at least {networks.ResCNN.MIN_SIZE}x{networks.ResCNN.MIN_SIZE} pixels, "
+                f"got {size}"
+            )
+        return networks.ResCNN(num_classes=told_of(spec, "num_classes"), channels=channels, **self.model_dump())
+
+
+class MLP(Strict):
+    """Attributes:
+    hidden: Width of each hidden layer; one number is one layer.
+    """
+
+    hidden: Annotated[Many[Width], BeforeValidator(lambda value: (value,) if type(value) is int else value)] = (
+        512,
+        256,
+    )
+    dropout: Probability = 0.0
+
+    def build(self, spec: ModelSpec) -> nn.Module:
+        from bmctl.models.own import networks
+
+        channels, (height, width) = image_of(spec)
+        num_inputs = channels * height * width
+        return networks.MLP(num_inputs=num_inputs, num_classes=told_of(spec, "num_classes"), **self.model_dump())
+
+
+class Encoder(Strict):
+    """A small transformer encoder over texts.
+
+    Attributes:
+        width: Of the embeddings and of each layer; a multiple of `heads`.
+        depth: Number of layers.
+        hidden: Width inside the feed-forward half of a layer; None for four times `width`.
+    """
+
+    width: Width = 128
+    depth: Annotated[int, Field(ge=1, le=96)] = 4
+    heads: Annotated[int, Field(ge=1, le=128)] = 4
+    hidden: Width | None = None
+    dropout: Probability = 0.0
+    stochastic_depth: Probability = 0.0
+
+    def build(self, spec: ModelSpec) -> nn.Module:
+        """Raises:
+        RecipeError: A width that the heads cannot share, or an input that is no text.
+        """
+        from bmctl.models.own import networks
+
+        check_text(spec)
+        if self.width % self.heads:
+            raise RecipeError(
+                f"model.args.width: {self.width} is no multiple of heads, {self.heads}",
+                hint=f"--set model.args.width={self.heads * max(1, self.width // self.heads)}",
+            )
+        told = {name: told_of(spec, name) for name in ("num_classes", "vocab_size", "max_tokens")}
+        return networks.Encoder(**told, **{**self.model_dump(), "hidden": self.hidden or 4 * self.width})
+
+
+NETWORKS: Mapping[str, type[Strict]] = MappingProxyType({"rescnn": ResCNN, "mlp": MLP, "encoder": Encoder})
+
+
+def names() -> list[str]:
+    """Every name that may follow ``bmctl:``."""
+    return sorted(NETWORKS)
+
+
+def published(config: ModelConfig) -> Published:
+    """Anything goes: size, channels and normalisation are the data's."""
+    return Published()
+
+
+def drop_arguments(config: ModelConfig) -> Drops:
+    """Their own names, of those that have them: an MLP has no branches to leave out."""
+    known = NETWORKS[bare_name(config.name)].model_fields
+    return Drops(**{field: field for field in Drops.model_fields if field in known})
+
+
+def problems(name: str, args: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What is wrong with a network's arguments: for each its key, a message and a hint.
+
+    Args:
+        name: With its prefix, of a network that there is.
+        args: Plain data, as a recipe has them.
+    """
+    network = NETWORKS[bare_name(name)]
+    try:
+        network.model_validate(args)
+    except ValidationError as error:
+        found: dict[str, tuple[str, str, str]] = {}
+        for one in error.errors(include_url=False):
+            key = str(one["loc"][0])
+            if one["type"] == "extra_forbidden":
+                close = difflib.get_close_matches(key[:100], network.model_fields, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"{name} takes {', '.join(network.model_fields)}"
+                found.setdefault(key, (key, f"{name} takes no such argument", hint))
+            else:
+                wanted = one["msg"].removeprefix("Input should be ")
+                found.setdefault(key, (key, f"must be {wanted}, got {one['input']!r:.60}", ""))
+        return list(found.values())
+    return []
+
+
+def build(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
+    """A module from `spec.given` to logits [N, num_classes].
+
+    Raises:
+        RecipeError: An argument that the model does not take or out of its bounds; `pretrained`; tiny images.
+    """
+    if pretrained:
+        raise RecipeError(
+            f"model.pretrained: there are no published weights of {spec.name}",
+            hint="set model.pretrained to false, or take a torchvision: or timm: model",
+        )
+    for key, message, hint in problems(spec.name, spec.args):
+        raise RecipeError(f"model.args.{key}: {message}", hint=hint)
+    args: Any = NETWORKS[bare_name(spec.name)].model_validate(spec.args)
+    model: nn.Module = args.build(spec)
+    return model

@@ -1,0 +1,41 @@
+"""Models as a recipe's data would have them built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bmctl.models import ModelSpec
+from bmctl.schema import BATCH, TensorSpec
+
+TEXT = (
+    TensorSpec(name="input_ids", dtype="int64", shape=(BATCH, "tokens")),
+    TensorSpec(name="attention_mask", dtype="int64", shape=(BATCH, "tokens")),
+)
+
+
+def image_spec(
+    name: str,
+    *,
+    args: Mapping[str, object] | None = None,
+    num_classes: int = 10,
+    channels: int = 1,
+    size: tuple[int, int] = (28, 28),
+) -> ModelSpec:
+    """A model of images."""
+    given = (TensorSpec(name="input", dtype="float32", shape=(BATCH, channels, *size)),)
+    fields = {"name": name, "args": dict(args or {}), "given": given, "told": {"num_classes": num_classes}}
+    return ModelSpec.model_validate(fields)
+
+
+def text_spec(
+    name: str,
+    *,
+    args: Mapping[str, object] | None = None,
+    num_classes: int = 7,
+    vocab_size: int = 50,
+    max_tokens: int = 16,
+    pad_id: int = 0,
+) -> ModelSpec:
+    """A model of texts."""
+    told = {"num_classes": num_classes, "vocab_size": vocab_size, "max_tokens": max_tokens, "pad_id": pad_id}
+    return ModelSpec.model_validate({"name": name, "args": dict(args or {}), "given": TEXT, "told": told})
