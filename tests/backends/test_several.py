@@ -37,13 +37,25 @@ SIZES = {"batch": 3, "tokens": 5, "past": 2, "total": 7, "time": 4, "height": 9,
 @pytest.mark.parametrize(
     "make",
     [
-        handmade.three_inputs, handmade.kv_cache, handmade.bool_mask, handmade.scalar_input, handmade.loop,
-        handmade.branch, handmade.scan, handmade.time_first, handmade.passed_through, handmade.int_arithmetic,
-        handmade.float16_in, handmade.float64_in, handmade.bytes_in, handmade.nonzero, handmade.gathers,
+        handmade.three_inputs,
+        handmade.kv_cache,
+        handmade.bool_mask,
+        handmade.scalar_input,
+        handmade.loop,
+        handmade.branch,
+        handmade.scan,
+        handmade.time_first,
+        handmade.passed_through,
+        handmade.int_arithmetic,
+        handmade.float16_in,
+        handmade.float64_in,
+        handmade.bytes_in,
+        handmade.nonzero,
+        handmade.gathers,
         handmade.local_function,
-    ],  # fmt: skip
+    ],
     ids=lambda make: make.__name__,
-)  # fmt: skip
+)
 def test_both_give_the_same(make: Make, tmp_path: Path) -> None:
     make(tmp_path / "g.onnx")
     signature = read_signature(tmp_path / "g.onnx")
