@@ -115,6 +115,17 @@ def test_a_mending_that_does_not_run_is_refused(tmp_path: Path, monkeypatch: pyt
         prove(tmp_path / "g.onnx", b"nothing", signature=read_signature(tmp_path / "g.onnx"), axes=AXES)
 
 
+def test_a_graph_that_takes_no_noise_is_refused(tmp_path: Path) -> None:
+    text = """g (float[batch,30] x, int64[3] shape) => (float[p,q,2] y) {
+        r = Reshape(x, shape)
+        m = MatMul(r, w)
+        y = com.microsoft.QuickGelu(m)
+    }"""
+    handmade.save(tmp_path / "g.onnx", text, extra=handmade.MICROSOFT, w=handmade.normal(5, 2))
+    with pytest.raises(UnsupportedError, match="takes none of the noise"):
+        mended(tmp_path / "g.onnx")
+
+
 def test_other_shapes_and_other_nans_are_errors() -> None:
     one = np.array([1.0, np.nan], np.float32)
     assert trt_mend._error(one, one) == 0
