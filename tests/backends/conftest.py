@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bmctl.recipe.sections import BatchProfile
+from bmctl.schema import Span
 
 
 @dataclass(frozen=True)
@@ -99,5 +99,5 @@ def int8_graph(rescnn_graph: Path) -> Path:
 
 
 @pytest.fixture
-def batch() -> BatchProfile:
-    return BatchProfile(min=1, opt=8, max=64)
+def axes() -> dict[str, Span]:
+    return {"batch": Span(min=1, opt=8, max=64)}

@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from tests.backends.conftest import SmallGraph
 
 from bmctl.backends import onnxruntime as backend
+from bmctl.core.onnxgraph import read_signature
 from bmctl.errors import DependencyError
-from bmctl.recipe.sections import BatchProfile
+from bmctl.schema import Span
 
 
 @pytest.mark.parametrize("level", ["none", "basic", "extended", "all"])
@@ -37,9 +38,13 @@ def test_cuda_asked_for_and_not_there(small_graph: SmallGraph) -> None:
         backend.open(small_graph.path, config=config)
 
 
-def test_the_artifact_is_the_graph_byte_for_byte(small_graph: SmallGraph, batch: BatchProfile, tmp_path: Path) -> None:
+def test_the_artifact_is_the_graph_byte_for_byte(
+    small_graph: SmallGraph, axes: dict[str, Span], tmp_path: Path
+) -> None:
     out = tmp_path / "model.onnx"
-    meta = backend.build(small_graph.path, config=backend.Config(), batch=batch, out=out)
+    meta = backend.build(
+        small_graph.path, config=backend.Config(), signature=read_signature(small_graph.path), axes=axes, out=out
+    )
     assert out.read_bytes() == small_graph.path.read_bytes()
     assert meta["providers"][-1] == "CPUExecutionProvider"
 

@@ -13,7 +13,8 @@ import pytest
 from tests.backends.conftest import SmallGraph
 
 from bmctl.backends import openvino as backend
-from bmctl.recipe.sections import BatchProfile
+from bmctl.core.onnxgraph import read_signature
+from bmctl.schema import Span
 
 WATCHED = """
 import json, os, sys
@@ -28,7 +29,8 @@ sys.addaudithook(watch)
 from pathlib import Path
 from bmctl.backends import openvino as backend
 graph, out = Path(sys.argv[1]), Path(sys.argv[2])
-backend.build(graph, config=backend.Config(), batch=None, out=out)
+from bmctl.core.onnxgraph import read_signature
+backend.build(graph, config=backend.Config(), signature=read_signature(graph), axes={}, out=out)
 with backend.open(out, config=backend.Config()):
     pass
 telemetry = sorted(name for name in sys.modules if name.startswith("openvino_telemetry") and sys.modules[name])
@@ -95,8 +97,12 @@ def test_int8_agrees_with_onnxruntime(int8_graph: Path) -> None:
     assert parity.compare(reference, got, tolerance=tolerance, min_agreement=agreement, source="ort").passed
 
 
-def test_the_artifact_is_the_graph_byte_for_byte(small_graph: SmallGraph, batch: BatchProfile, tmp_path: Path) -> None:
+def test_the_artifact_is_the_graph_byte_for_byte(
+    small_graph: SmallGraph, axes: dict[str, Span], tmp_path: Path
+) -> None:
     out = tmp_path / "model.onnx"
-    meta = backend.build(small_graph.path, config=backend.Config(), batch=batch, out=out)
+    meta = backend.build(
+        small_graph.path, config=backend.Config(), signature=read_signature(small_graph.path), axes=axes, out=out
+    )
     assert out.read_bytes() == small_graph.path.read_bytes()
     assert meta["precision"] == "f32"

@@ -17,32 +17,39 @@ from tests.backends.conftest import SmallGraph
 
 from bmctl.backends import tensorrt, tensorrt_rtx, trt_engine
 from bmctl.backends.trt_engine import Device
+from bmctl.core.onnxgraph import read_signature
 from bmctl.errors import DependencyError, PackageError, UnsupportedError
-from bmctl.recipe.sections import BatchProfile
+from bmctl.schema import Span
 
 trt = pytest.importorskip("tensorrt_rtx", reason="the extra tensorrt-rtx is not installed")
 ADA = Device(name="NVIDIA L4", capability="sm89")
 
 
-def build(graph: Path, *, out: Path, batch: BatchProfile, **config: Any) -> dict[str, Any]:
-    return tensorrt_rtx.build(graph, config=tensorrt_rtx.Config.model_validate(config), batch=batch, out=out)
+def build(graph: Path, *, out: Path, axes: dict[str, Span], **config: Any) -> dict[str, Any]:
+    return tensorrt_rtx.build(
+        graph,
+        config=tensorrt_rtx.Config.model_validate(config),
+        signature=read_signature(graph),
+        axes=axes,
+        out=out,
+    )
 
 
 @pytest.fixture
-def deployed(small_graph: SmallGraph, batch: BatchProfile, tmp_path: Path) -> Path:
+def deployed(small_graph: SmallGraph, axes: dict[str, Span], tmp_path: Path) -> Path:
     """An engine with the part of a deploy manifest that speaks of it."""
     out = tmp_path / "model.rtx.engine"
-    meta = build(small_graph.path, out=out, batch=batch)
+    meta = build(small_graph.path, out=out, axes=axes)
     (tmp_path / "manifest.json").write_text(json.dumps({"artifact": out.name, "meta": meta}))
     return out
 
 
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
 def test_engines_of_the_residual_cnn(
-    kind: str, rescnn_graph: Path, int8_graph: Path, batch: BatchProfile, tmp_path: Path, capfd: Any
+    kind: str, rescnn_graph: Path, int8_graph: Path, axes: dict[str, Span], tmp_path: Path, capfd: Any
 ) -> None:
     out = tmp_path / "model.rtx.engine"
-    meta = build(rescnn_graph if kind == "fp32" else int8_graph, out=out, batch=batch)
+    meta = build(rescnn_graph if kind == "fp32" else int8_graph, out=out, axes=axes)
     data = out.read_bytes()
     assert data[:4] == b"vtrt"
     assert len(data) > 100_000
@@ -50,14 +57,17 @@ def test_engines_of_the_residual_cnn(
     assert meta["version"] == trt.__version__
     assert meta["capabilities"] == ["sm80", "sm86", "sm89", "sm120", "sm121"]
     assert meta["profile"] == {"input": [[1, 1, 28, 28], [8, 1, 28, 28], [64, 1, 28, 28]]}
-    assert (meta["num_signed_quantizers"] > 0) == (kind == "int8")
+    assert bool(meta["mended"]) == (kind == "int8")
+    assert kind == "fp32" or "symmetric over the same range" in meta["mended"][0]
     assert not any("UINT8" in message for message in meta["messages"])
     json.dumps(meta)
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
 
 
-def test_symmetric_int8_of_onnxruntime_builds_as_it_is(rescnn_graph: Path, batch: BatchProfile, tmp_path: Path) -> None:
+def test_symmetric_int8_of_onnxruntime_builds_as_it_is(
+    rescnn_graph: Path, axes: dict[str, Span], tmp_path: Path
+) -> None:
     from onnxruntime import quantization
 
     class Samples(quantization.CalibrationDataReader):  # type: ignore[misc]
@@ -78,22 +88,22 @@ def test_symmetric_int8_of_onnxruntime_builds_as_it_is(rescnn_graph: Path, batch
         per_channel=True,
         extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
     )
-    meta = build(path, out=tmp_path / "model.rtx.engine", batch=batch)
-    assert meta["num_signed_quantizers"] == 0
+    meta = build(path, out=tmp_path / "model.rtx.engine", axes=axes)
+    assert meta["mended"] == []
 
 
 def test_the_profile_is_the_recipes(small_graph: SmallGraph, tmp_path: Path) -> None:
-    meta = build(small_graph.path, out=tmp_path / "e", batch=BatchProfile(min=2, opt=4, max=8), capabilities=["sm89"])
+    meta = build(small_graph.path, out=tmp_path / "e", axes={"batch": Span(min=2, opt=4, max=8)}, capabilities=["sm89"])
     assert [shape[0] for shape in meta["profile"]["input"]] == [2, 4, 8]
     assert meta["capabilities"] == ["sm89"]
 
 
 def test_a_profile_that_contradicts_itself_is_refused(small_graph: SmallGraph, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="8 <= 4 <= 2"):
-        build(small_graph.path, out=tmp_path / "e", batch=BatchProfile.model_construct(min=8, opt=4, max=2))
+    with pytest.raises(UnsupportedError, match=r"sizes .*8, 1, 4, 4.*were not taken"):
+        build(small_graph.path, out=tmp_path / "e", axes={"batch": Span.model_construct(min=8, opt=4, max=2)})
 
 
-def test_only_the_batch_may_be_free(batch: BatchProfile, tmp_path: Path) -> None:
+def test_every_free_axis_needs_its_sizes(axes: dict[str, Span], tmp_path: Path) -> None:
     graph = helper.make_graph(
         [helper.make_node("Relu", ["input"], ["logits"])],
         "graph",
@@ -101,18 +111,21 @@ def test_only_the_batch_may_be_free(batch: BatchProfile, tmp_path: Path) -> None
         [helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["n", 1, "h", 4])],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), tmp_path / "g.onnx")
-    with pytest.raises(UnsupportedError, match=r"'input' has the shape \[-1, 1, -1, 4\]"):
-        build(tmp_path / "g.onnx", out=tmp_path / "e", batch=batch)
+    with pytest.raises(UnsupportedError, match=r"'input' is \[batch, 1, h, 4\], and nobody says") as caught:
+        build(tmp_path / "g.onnx", out=tmp_path / "e", axes=axes)
+    assert "--axis h=" in caught.value.hint
+    meta = build(tmp_path / "g.onnx", out=tmp_path / "e", axes=axes | {"h": Span(min=2, opt=3, max=4)})
+    assert meta["profile"]["input"] == [[1, 1, 2, 4], [8, 1, 3, 4], [64, 1, 4, 4]]
 
 
 def test_a_builder_error_gives_the_librarys_reason(
-    small_graph: SmallGraph, batch: BatchProfile, tmp_path: Path
+    small_graph: SmallGraph, axes: dict[str, Span], tmp_path: Path
 ) -> None:
     with pytest.raises(UnsupportedError, match=r"matmul.*SM75.*FP32 GEMM is not supported"):
-        build(small_graph.path, out=tmp_path / "e", batch=batch, capabilities=["sm75"])
+        build(small_graph.path, out=tmp_path / "e", axes=axes, capabilities=["sm75"])
     assert not (tmp_path / "e").exists()
     # The next build does not repeat what was said about this one.
-    assert build(small_graph.path, out=tmp_path / "e", batch=batch)["messages"] == []
+    assert build(small_graph.path, out=tmp_path / "e", axes=axes)["messages"] == []
 
 
 @pytest.mark.parametrize(
@@ -214,29 +227,31 @@ def test_a_gpu_that_does_not_match_is_refused_before_anything_runs(
 
 @pytest.mark.parametrize(("backend", "extra"), [(tensorrt, "tensorrt"), (tensorrt_rtx, "tensorrt-rtx")])
 def test_a_missing_extra_is_named(
-    backend: Any, extra: str, small_graph: SmallGraph, batch: BatchProfile, tmp_path: Path, monkeypatch: Any
+    backend: Any, extra: str, small_graph: SmallGraph, axes: dict[str, Span], tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setitem(sys.modules, backend.__name__.rpartition(".")[2], None)
     config = backend.Config()
     assert "is not installed" in backend.unavailable(config)
     with pytest.raises(DependencyError) as caught:
-        backend.build(small_graph.path, config=config, batch=batch, out=tmp_path / "e")
+        signature = read_signature(small_graph.path)
+        backend.build(small_graph.path, config=config, signature=signature, axes=axes, out=tmp_path / "e")
     assert caught.value.hint == f"pip install 'bmctl[{extra}]'"
 
 
 def test_tensorrt_builds_on_its_gpu_only(
-    small_graph: SmallGraph, batch: BatchProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_graph: SmallGraph, axes: dict[str, Span], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     monkeypatch.setattr(tensorrt, "find_device", lambda: None)
     assert "no NVIDIA GPU" in tensorrt.unavailable(tensorrt.Config())
     with pytest.raises(DependencyError, match="there is none here") as caught:
-        tensorrt.build(small_graph.path, config=tensorrt.Config(), batch=batch, out=tmp_path / "e")
+        signature = read_signature(small_graph.path)
+        tensorrt.build(small_graph.path, config=tensorrt.Config(), signature=signature, axes=axes, out=tmp_path / "e")
     assert "tensorrt_rtx" in caught.value.hint
 
 
 def test_tensorrt_records_its_gpu(
-    small_graph: SmallGraph, batch: BatchProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_graph: SmallGraph, axes: dict[str, Span], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same builder as TensorRT-RTX's, with that library standing in for one that needs the GPU."""
 
@@ -250,6 +265,9 @@ def test_tensorrt_records_its_gpu(
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     monkeypatch.setattr(tensorrt, "find_device", lambda: ADA)
     monkeypatch.setattr(tensorrt, "build_engine", with_target)
-    meta = tensorrt.build(small_graph.path, config=tensorrt.Config(), batch=batch, out=tmp_path / "model.engine")
+    signature = read_signature(small_graph.path)
+    meta = tensorrt.build(
+        small_graph.path, config=tensorrt.Config(), signature=signature, axes=axes, out=tmp_path / "model.engine"
+    )
     assert meta["gpu"] == {"name": "NVIDIA L4", "capability": "sm89"}
     trt_engine.check_engine(meta, trt=trt, device=ADA)

@@ -19,8 +19,9 @@ from tests.backends.conftest import SmallGraph
 
 from bmctl.backends import tensorrt_rtx, trt_engine, trt_runner
 from bmctl.backends.trt_runner import EngineRunner
+from bmctl.core.onnxgraph import read_signature
 from bmctl.errors import DataError, PackageError, ResourceError
-from bmctl.recipe.sections import BatchProfile
+from bmctl.schema import Signature, Span, TensorSpec
 
 
 class Severity(enum.IntEnum):
@@ -83,6 +84,9 @@ class Engine:
     def get_tensor_dtype(self, name: str) -> str:
         return "float"
 
+    def is_shape_inference_io(self, name: str) -> bool:
+        return False
+
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
         return [(1, 3), (2, 3), (4, 3)]
 
@@ -128,15 +132,84 @@ def library(monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
 
 def test_an_engine_is_fed_and_read(library: FakeLibrary) -> None:
     with EngineRunner(library, b"engine") as runner:
-        assert [spec.name for spec in runner.inputs] == ["x"]
-        assert runner.inputs[0].shape == (None, 3)
-        assert [spec.name for spec in runner.outputs] == ["y"]
-        assert runner.batch == (1, 4)
+        assert [spec.name for spec in runner.signature.inputs] == ["x"]
+        assert runner.signature.inputs[0].shape == ("batch", 3)
+        assert [spec.name for spec in runner.signature.outputs] == ["y"]
+        assert runner.bounds == {"batch": (1, 4)}
         for size in (4, 1):
             x = np.arange(3 * size, dtype=np.float32).reshape(size, 3)
             x.flags.writeable = False
             np.testing.assert_array_equal(runner.run({"x": x})["y"], 2 * x)
     assert library.executed == [Stream.cuda_stream] * 2
+
+
+class ShapeContext(Context):
+    """y of the shape that `shape` says, x over again; as the library, it reads `shape` from the host's memory."""
+
+    def __init__(self, library: FakeLibrary) -> None:
+        super().__init__(library)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = shape
+        return True
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple((ctypes.c_int64 * 2).from_address(self.addresses["shape"]))
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        size = int(np.prod(self.shapes["x"]))
+        x, y = ((ctypes.c_float * size).from_address(self.addresses[name]) for name in ("x", "y"))
+        y[:] = list(x)
+        return True
+
+
+class ShapeEngine(Engine):
+    num_io_tensors = 3
+
+    def get_tensor_name(self, index: int) -> str:
+        return ("x", "shape", "y")[index]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "output" if name == "y" else "input"
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return {"x": (-1, 6), "shape": (2,), "y": (-1, -1)}[name]
+
+    def get_tensor_dtype(self, name: str) -> str:
+        return "int64" if name == "shape" else "float"
+
+    def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
+        return [(1, 6), (2, 6), (4, 6)]
+
+    def is_shape_inference_io(self, name: str) -> bool:
+        return name == "shape"
+
+    def create_execution_context(self) -> Context:
+        return ShapeContext(self.library)
+
+
+def test_what_says_a_shape_is_known_before_outputs_are_made(
+    library: FakeLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: ShapeEngine(library))
+    monkeypatch.setattr(library, "Runtime", lambda logger: runtime)
+    x = np.arange(12, dtype=np.float32).reshape(2, 6)
+    with EngineRunner(library, b"engine") as runner:
+        assert runner._hosted == {"shape"}
+        y = runner.run({"x": x, "shape": np.array([4, 3])})["y"]
+    np.testing.assert_array_equal(y, x.reshape(4, 3))
+
+
+def test_float64_is_handed_over_in_float32(library: FakeLibrary) -> None:
+    """TensorRT's parser makes float32 of float64 inputs and outputs."""
+    spec = {"dtype": "float64", "shape": ("batch", 3)}
+    signature = Signature(inputs=(TensorSpec(name="x", **spec),), outputs=(TensorSpec(name="y", **spec),))  # type: ignore[arg-type]
+    x = np.arange(6, dtype=np.float64).reshape(2, 3)
+    with EngineRunner(library, b"engine", signature=signature) as runner:
+        y = runner.run({"x": x})["y"]
+    assert y.dtype == np.float64
+    np.testing.assert_array_equal(y, 2 * x)
 
 
 def test_a_batch_outside_the_profile_never_reaches_the_library(library: FakeLibrary) -> None:
@@ -168,13 +241,14 @@ def test_closing_lets_go(library: FakeLibrary) -> None:
 
 
 @pytest.mark.gpu
-def test_a_real_engine_on_a_gpu(small_graph: SmallGraph, batch: BatchProfile, tmp_path: Path) -> None:
+def test_a_real_engine_on_a_gpu(small_graph: SmallGraph, axes: dict[str, Span], tmp_path: Path) -> None:
     device = trt_engine.find_device()
     if device is None or device.capability not in tensorrt_rtx.CAPABILITIES:
         pytest.skip(f"TensorRT-RTX does not serve {device}")
     config = tensorrt_rtx.Config(capabilities=(device.capability,))
     out = tmp_path / "model.rtx.engine"
-    meta = tensorrt_rtx.build(small_graph.path, config=config, batch=batch, out=out)
+    signature = read_signature(small_graph.path)
+    meta = tensorrt_rtx.build(small_graph.path, config=config, signature=signature, axes=axes, out=out)
     x = np.random.default_rng(0).standard_normal((5, 1, 4, 4), np.float32)
     with tensorrt_rtx.open(out, config=config, meta=meta) as runner:
         np.testing.assert_allclose(runner.run({"input": x})["logits"], small_graph.reference(x), rtol=1e-3, atol=1e-4)

@@ -92,6 +92,7 @@ EXPECTED: dict[str, dict[str, str]] = {
     "dynamic_conv": {RTX: MENDED},
     "dynamic_lstm": {RTX: MENDED},
     "four_bits": {RTX: MENDED},
+    "float64_in": {RTX: MENDED},
 }
 QUICK = {
     "siamese", "three_inputs", "bert", "gpt2_with_past", "lstm_time_first", "bool_mask", "scalar_input", "kv_cache",

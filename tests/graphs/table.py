@@ -24,6 +24,7 @@ from bmctl.engine.deployment.export import export_package
 from bmctl.engine.intake.importing import import_stage
 from bmctl.engine.parallel import Group
 from bmctl.errors import BmctlError
+from bmctl.package import PART
 from bmctl.processes.signals import Stop
 from bmctl.recipe import bare_recipe
 
@@ -116,10 +117,11 @@ def judge(graph: Graph, folder: Path, *, backends: Sequence[str] = BACKENDS) -> 
         except BmctlError as error:
             found[backend] = Verdict("refused", _plain(error.message, folder))
             continue
-        mended = "; ".join(one.manifest.meta.get("mended", ()))
-        found[backend] = Verdict(MENDED if mended else BUILT, mended, str(one.manifest.parity or ""))
+        part = one.manifest.parts[PART]
+        mended = "; ".join(part.meta.get("mended", ()))
+        found[backend] = Verdict(MENDED if mended else BUILT, mended, str(part.parity or ""))
     manifest = package.manifest
-    inputs = ", ".join(f"{spec.name} {spec.dtype}{shown(spec)}" for spec in manifest.inputs)
+    inputs = ", ".join(f"{spec.name} {spec.dtype}{shown(spec)}" for spec in manifest.parts[PART].inputs)
     notes = tuple(text for text in manifest.notes if any(word in text for word in ("axis", "axes", "stands for")))
     return Row(graph, inputs, tuple(text for text in notes if not text.startswith("nobody")), found)
 

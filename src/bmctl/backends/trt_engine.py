@@ -69,6 +69,8 @@ def build_engine(
         UnsupportedError: The parser or the builder refuses the graph; operators are named.
     """
     graph, mended = mend(onnx_path, signature=signature, axes=axes)
+    if any(spec.dtype == "float64" for spec in (*signature.inputs, *signature.outputs)):
+        mended.append("float64 is computed in float32")
     logger = find_logger(trt)
     logger.drain()
     builder = trt.Builder(logger)

@@ -72,7 +72,11 @@ def prove(onnx_path: Path, mended: bytes, *, signature: Signature, axes: Mapping
 def usual_feed(
     onnx_path: Path, session: Any, *, signature: Signature, axes: Mapping[str, Span], which: str = "opt"
 ) -> Feed:
-    """Noise that the graph takes where its free axes have their smallest, most common or largest sizes."""
+    """Noise that the graph takes where its free axes have their smallest, most common or largest sizes.
+
+    Raises:
+        UnsupportedError: It takes none.
+    """
     import onnx
 
     from bmctl.core.noise import fitting, index_limits
@@ -82,7 +86,14 @@ def usual_feed(
         sizes[BATCH] = axes[BATCH].opt
     limits = index_limits(onnx.load(onnx_path, load_external_data=False))
     names = [spec.name for spec in signature.outputs]
-    return fitting(lambda feed: session.run(names, feed), signature, sizes=sizes, limits=limits)[1]
+    try:
+        return fitting(lambda feed: session.run(names, feed), signature, sizes=sizes, limits=limits)[1]
+    except Exception as error:
+        raise UnsupportedError(
+            f"{onnx_path.name} takes none of the noise that was tried, on which TensorRT's engine would be made: "
+            f"{first_line(error)}",
+            hint="keep this graph on onnxruntime or openvino, or make a constant of the input that says a shape",
+        ) from error
 
 
 def open_quietly(source: str | bytes) -> Any:

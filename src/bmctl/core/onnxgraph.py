@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from bmctl.errors import RecipeError, UnsupportedError
+from bmctl.errors import PackageError, RecipeError, UnsupportedError, first_line
 from bmctl.schema import BATCH, Signature, TensorSpec
 
 QUANTIZING = {
@@ -31,9 +32,13 @@ def read_signature(path: Path) -> Signature:
     file says is not always so: engine.intake.trial tries it.
 
     Raises:
+        PackageError: It is no ONNX file.
         UnsupportedError: An input or output that is no tensor, of no known rank, or of a type that NumPy has not.
     """
-    model = onnx.load(path, load_external_data=False)
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (DecodeError, OSError) as error:
+        raise PackageError(f"cannot open {path}: {first_line(error)}") from error
     if any(not value.type.tensor_type.HasField("shape") for value in model.graph.output):
         model = onnx.shape_inference.infer_shapes(model)
     fed = [_spec(path, value, what="input") for value in inputs(model)]

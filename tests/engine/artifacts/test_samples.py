@@ -75,7 +75,7 @@ def test_noise_has_the_usual_and_the_smallest_sizes(tmp_path: Path) -> None:
     handmade.kv_cache(tmp_path / "g.onnx")
     signature = read_signature(tmp_path / "g.onnx")
     axes = {"batch": Span(), "tokens": Span(min=1, opt=5, max=9), "past": Span(min=0, opt=3, max=9)}
-    with open_reference(tmp_path / "g.onnx") as (runner, _):
+    with open_reference(tmp_path / "g.onnx", signature=signature) as (runner, _):
         usual, small = foreign_feeds(tmp_path / "g.onnx", runner, signature=signature, axes=axes)
         assert usual["past_keys"].shape == (8, 3, 8)
         assert small["past_keys"].shape == (1, 0, 8)
