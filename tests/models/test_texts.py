@@ -181,6 +181,18 @@ def test_a_folder_brings_configuration_weights_and_tokenizer(tmp_path: Path) -> 
     again.load_state_dict(model.state_dict(), strict=True)
 
 
+def test_a_folder_may_be_named_by_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(tmp_path / "m")
+    name = "transformers:${ENV:SOME_MODELS}/m"
+    with pytest.raises(RecipeError, match="environment variables not set: SOME_MODELS"):
+        models.published(ModelConfig(name=name))
+    monkeypatch.setenv("SOME_MODELS", str(tmp_path))
+    assert models.published(ModelConfig(name=name)).of("text")["max_tokens"] == 20
+    spec = models.resolve(text_spec(name, num_classes=5))
+    monkeypatch.delenv("SOME_MODELS")
+    assert models.build(spec)(*texts()).shape == (3, 5)
+
+
 def test_a_body_gets_a_new_head(tmp_path: Path) -> None:
     model = publish(tmp_path / "m", with_head=False)
     name = f"transformers:{tmp_path / 'm'}"
