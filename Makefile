@@ -1,4 +1,4 @@
-.PHONY: setup demo test slow check bench bounds clean
+.PHONY: setup demo test slow check bench graphs bounds clean
 PY := .venv/bin/python
 # Two test processes of one thread each: oversubscribed threads would ruin both.
 TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
@@ -20,6 +20,10 @@ slow: setup
 
 check: setup
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && $(PY) -m pytest -q tests/test_architecture.py
+
+# docs/graphs.md: every third-party graph of the tests, on every backend.
+graphs: setup
+	OMP_NUM_THREADS=1 $(PY) -m tests.graphs.table
 
 bench: .venv/.bench
 	$(PY) -m pytest tests/benchmarks -m bench -s

@@ -53,6 +53,14 @@ Trained = Annotated[str | None, typer.Argument(metavar="[PACKAGE|RUN]", help="A 
 Profile = Annotated[bool, typer.Option("--profile", help="Trace a few training steps, into the run's profile folder.")]
 Method = Annotated[str | None, typer.Option("--method", help="Which method; its knobs are given by --set KNOB=VALUE.")]
 
+Axes = Annotated[
+    list[str] | None,
+    typer.Option("--axis", metavar="NAME=MIN:OPT:MAX", help="Sizes of a free axis of an .onnx; repeatable."),
+]
+Sample = Annotated[
+    str | None, typer.Option("--sample", metavar="NPZ", help="Arrays by the inputs' names: parity and timing on them.")
+]
+
 
 def common(
     recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="A built-in recipe's name, or a path.")] = None,
@@ -177,12 +185,14 @@ def export(
     tensorrt: Annotated[
         bool, typer.Option("--tensorrt", help="Also TensorRT where it is installed with a GPU, else TensorRT-RTX.")
     ] = False,
+    axes: Axes = None,
+    sample: Sample = None,
 ) -> int:
     """Export to ONNX and to every backend; prove, measure and gate each artifact."""
     from bmctl import pipeline
 
     flag = "tensorrt" if tensorrt else None
-    return pipeline.export(options, source=source, backends=backends or (), flag=flag)
+    return pipeline.export(options, source=source, backends=backends or (), flag=flag, axes=axes or (), sample=sample)
 
 
 @command(STAGES)
@@ -213,11 +223,13 @@ def import_(
     ],
     model: Annotated[str | None, typer.Option("--model", help="The model that a state dict belongs to.")] = None,
     match: Annotated[str, typer.Option("--match", help="Match tensors by name or by position.")] = "name",
+    axes: Axes = None,
+    sample: Sample = None,
 ) -> int:
     """Package a pretrained model or a checkpoint; a name asks for the download."""
     from bmctl import pipeline
 
-    return pipeline.import_model(options, source=source, model=model, match=match)
+    return pipeline.import_model(options, source=source, model=model, match=match, axes=axes or (), sample=sample)
 
 
 @command(PACKAGES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -173,6 +174,23 @@ def find_target(
     if options.output is None and not rundir.is_run(path) and home is None:
         raise UsageError(f"{source} is not part of a run: say where the result goes", hint="add -o runs/NAME")
     return Target(recipe, Path(options.output) if options.output else home or path, start=start)
+
+
+def graph_overrides(axes: Sequence[str], *, sample: str | None) -> list[str]:
+    """`--axis NAME=MIN:OPT:MAX` and `--sample FILE.npz` as overrides of the recipe.
+
+    Raises:
+        UsageError: An axis without a name, or sizes that are no one to three numbers.
+    """
+    found = []
+    for text in axes:
+        name, _, sizes = text.rpartition("=")
+        numbers = sizes.split(":")
+        if not name or '"' in name or len(numbers) not in (1, 3) or not all(one.strip().isdecimal() for one in numbers):
+            raise UsageError(f"--axis {text}: not NAME=MIN:OPT:MAX", hint="such as --axis width=32:320:640")
+        low, usual, high = numbers if len(numbers) == 3 else numbers * 3
+        found.append(f'export.axes."{name}"={{min: {low}, opt: {usual}, max: {high}}}')
+    return found + ([f"export.sample={json.dumps(sample)}"] if sample is not None else [])
 
 
 def import_target(options: Options, *, name: str, overrides: Sequence[str] = ()) -> Target:

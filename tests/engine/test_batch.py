@@ -10,6 +10,7 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from bmctl.engine.batch import blank, call, channels_last, chunks, free_sizes, moved, num_rows, rows
+from bmctl.errors import UnsupportedError
 from bmctl.schema import BATCH, TensorSpec
 
 IDS = TensorSpec(name="ids", dtype="int64", shape=(BATCH, "tokens"))
@@ -79,16 +80,16 @@ def test_outputs_of_transformers() -> None:
 @pytest.mark.parametrize(
     ("made", "said"),
     [
-        ((torch.zeros(1),), "gives 1 outputs, expected one, two"),
-        (torch.zeros(1), "gives 1 outputs, expected one, two"),
-        ({"one": torch.zeros(1)}, "output two is nothing"),
-        ((torch.zeros(1), [torch.zeros(1)]), "output two is 1 outputs, expected a tensor"),
-        (None, "gives nothing"),
+        ((torch.zeros(1),), "gives a tuple of 1, expected one, two"),
+        (torch.zeros(1), r"gives one tensor \[1\], expected one, two"),
+        ({"one": torch.zeros(1)}, "gives a dict of one, expected"),
+        ((torch.zeros(1), [torch.zeros(1)]), "gives a tuple of 2, expected"),
+        (None, "gives a NoneType"),
         (3.0, "gives a float"),
     ],
 )
 def test_other_outputs_are_refused(made: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UnsupportedError, match=said):
         call(lambda: made, {}, takes=(), gives=("one", "two"))
 
 

@@ -52,13 +52,22 @@ def lying_names(path: Path) -> None:
 
 def called_free(path: Path) -> None:
     """`width` is called free; the graph reshapes to 6."""
-    save(path, "g (float[batch,width] x) => (float[batch,2] y) { r = Reshape(x, s)\n f = Flatten(r)\n y = MatMul(f, w) }",
+    save(path, """g (float[batch,width] x)
+        => (float[batch,2] y) {
+            r = Reshape(x, s)
+            f = Flatten(r)
+            y = MatMul(f, w)
+        }""",
          s=np.array([0, 2, 3]), w=normal(6, 2))  # fmt: skip
 
 
 def tied_axes(path: Path) -> None:
     """Two axes of two names that must be equal."""
-    save(path, "g (float[batch,a,4] x, float[batch,b,4] z) => (float[batch,a,3] y) { s = Add(x, z)\n y = MatMul(s, w) }",
+    save(path, """g (float[batch,a,4] x, float[batch,b,4] z)
+        => (float[batch,a,3] y) {
+            s = Add(x, z)
+            y = MatMul(s, w)
+        }""",
          w=normal(4, 3))  # fmt: skip
 
 
@@ -117,13 +126,23 @@ def resize_to(path: Path) -> None:
 
 def scalar_input(path: Path) -> None:
     """A temperature of rank 0 divides the scores."""
-    save(path, "g (float[batch,4] x, float temperature) => (float[batch,3] y) { m = MatMul(x, w)\n s = Div(m, temperature)\n y = Softmax<axis=-1>(s) }",
+    save(path, """g (float[batch,4] x, float temperature)
+        => (float[batch,3] y) {
+            m = MatMul(x, w)
+            s = Div(m, temperature)
+            y = Softmax<axis=-1>(s)
+        }""",
          w=normal(4, 3))  # fmt: skip
 
 
 def passed_through(path: Path) -> None:
     """An input that is also an output, an output given twice, and an input that nothing reads."""
-    save(path, "g (float[batch,4] x, float[batch,2] unread) => (float[batch,4] same, float[batch,3] y, float[batch,3] again) { same = Identity(x)\n y = MatMul(x, w)\n again = Identity(y) }",
+    save(path, """g (float[batch,4] x, float[batch,2] unread)
+        => (float[batch,4] same, float[batch,3] y, float[batch,3] again) {
+            same = Identity(x)
+            y = MatMul(x, w)
+            again = Identity(y)
+        }""",
          w=normal(4, 3))  # fmt: skip
 
 
@@ -156,7 +175,11 @@ def bytes_in(path: Path) -> None:
 
 def int_arithmetic(path: Path) -> None:
     """int32 in, int64 and bool out."""
-    save(path, "g (int32[batch,6] x) => (int64[batch] best, bool[batch,6] large) { best = ArgMax<axis=1,keepdims=0>(x)\n large = Greater(x, one) }",
+    save(path, """g (int32[batch,6] x)
+        => (int64[batch] best, bool[batch,6] large) {
+            best = ArgMax<axis=1,keepdims=0>(x)
+            large = Greater(x, one)
+        }""",
          one=np.int32(0))  # fmt: skip
 
 
@@ -186,7 +209,10 @@ def strings_in(path: Path) -> None:
 
 
 def strings_out(path: Path) -> None:
-    save(path, 'g (int64[n] x) => (string[n] y) { y = ai.onnx.ml.LabelEncoder<keys_int64s=[0,1],values_strings=["no","yes"]>(x) }',
+    save(path, """g (int64[n] x)
+        => (string[n] y) {
+            y = ai.onnx.ml.LabelEncoder<keys_int64s=[0,1],values_strings=["no","yes"]>(x)
+        }""",
          extra=', "ai.onnx.ml" : 3')  # fmt: skip
 
 
@@ -248,7 +274,8 @@ def suppression(path: Path) -> None:
 
 def old_opset(path: Path) -> None:
     """Operator set 7, with initializers among the inputs as IR version 3 has them."""
-    save(path, """g (float[1,3,8,8] x, float[4,3,3,3] k, float[4] s, float[4] b, float[4] m, float[4] v) => (float[1,4] y) {
+    save(path, """g (float[1,3,8,8] x, float[4,3,3,3] k, float[4] s, float[4] b, float[4] m, float[4] v)
+        => (float[1,4] y) {
         c = Conv<pads=[1,1,1,1]>(x, k)
         n = BatchNormalization(c, s, b, m, v)
         r = Relu(n)
@@ -259,7 +286,10 @@ def old_opset(path: Path) -> None:
 
 def new_attention(path: Path) -> None:
     """The standard's own Attention, of operator set 23."""
-    save(path, "g (float[batch,tokens,8] q, float[batch,tokens,8] k, float[batch,tokens,8] v) => (float[batch,tokens,8] y) { y = Attention<q_num_heads=2, kv_num_heads=2>(q, k, v) }",
+    save(path, """g (float[batch,tokens,8] q, float[batch,tokens,8] k, float[batch,tokens,8] v)
+        => (float[batch,tokens,8] y) {
+            y = Attention<q_num_heads=2, kv_num_heads=2>(q, k, v)
+        }""",
          opset=23, ir=11)  # fmt: skip
 
 
@@ -269,8 +299,17 @@ def external_data(path: Path) -> None:
 
 
 def local_function(path: Path) -> None:
-    save(path, "g (float[batch,4] x) => (float[batch,3] y) { m = MatMul(x, w)\n y = local.soft(m) }", extra=', "local" : 1',
-         functions='<domain: "local", opset_import: ["" : 18]> soft (a) => (b) { e = Exp(a)\n i = Constant<value = int64[1] {-1}>()\n s = ReduceSum(e, i)\n b = Div(e, s) }',
+    save(path, """g (float[batch,4] x)
+        => (float[batch,3] y) {
+            m = MatMul(x, w)
+            y = local.soft(m)
+        }""", extra=', "local" : 1',
+         functions="""<domain: "local", opset_import: ["" : 18]> soft (a) => (b) {
+            e = Exp(a)
+            i = Constant<value = int64[1] {-1}>()
+            s = ReduceSum(e, i)
+            b = Div(e, s)
+         }""",
          w=normal(4, 3))  # fmt: skip
 
 
@@ -321,27 +360,36 @@ def contrib_gelu(path: Path) -> None:
 
 def contrib_norm(path: Path) -> None:
     """SkipLayerNormalization with its sum as second output, and a plain one of RMS."""
-    save(path, """g (float[batch,tokens,8] x, float[batch,tokens,8] skip) => (float[batch,tokens,8] y, float[batch,tokens,8] sum) {
+    save(path, """g (float[batch,tokens,8] x, float[batch,tokens,8] skip)
+        => (float[batch,tokens,8] y, float[batch,tokens,8] sum) {
         n, , , sum = com.microsoft.SkipLayerNormalization<epsilon=0.00001>(x, skip, gamma, beta, bias)
         y = com.microsoft.SkipSimplifiedLayerNormalization<epsilon=0.00001>(n, skip, gamma)
     }""", extra=MICROSOFT, gamma=normal(8), beta=normal(8) * 2, bias=normal(8) / 2)  # fmt: skip
 
 
 def contrib_matmul(path: Path) -> None:
-    save(path, "g (float[batch,4,8] x, float[batch,4,8] z) => (float[batch,4,4] y) { y = com.microsoft.FusedMatMul<transB=1, alpha=0.5>(x, z) }",
+    save(path, """g (float[batch,4,8] x, float[batch,4,8] z)
+        => (float[batch,4,4] y) {
+            y = com.microsoft.FusedMatMul<transB=1, alpha=0.5>(x, z)
+        }""",
          extra=MICROSOFT)  # fmt: skip
 
 
 def contrib_attention(path: Path) -> None:
     """Projections in one, two heads, and a mask by key."""
-    save(path, "g (float[batch,tokens,8] x, int32[batch,tokens] mask) => (float[batch,tokens,8] y) { y = com.microsoft.Attention<num_heads=2>(x, w, b, mask) }",
+    save(path, """g (float[batch,tokens,8] x, int32[batch,tokens] mask)
+        => (float[batch,tokens,8] y) {
+            y = com.microsoft.Attention<num_heads=2>(x, w, b, mask)
+        }""",
          extra=MICROSOFT, w=normal(8, 24), b=normal(24))  # fmt: skip
 
 
 def contrib_unknown(path: Path) -> None:
     """Something of com.microsoft that only ONNX Runtime has."""
-    save(path, "g (float[batch,4] x) => (float[batch,4] y) { y = com.microsoft.Inverse(m)\n m = Identity(x) }".replace("y = com.microsoft.Inverse(m)\n m = Identity(x)", "y = com.microsoft.BifurcationDetector(x)") if False else
-         "g (float[batch,4,4] x) => (float[batch,4,4] y) { s = Add(x, eye)\n y = com.microsoft.Inverse(s) }", extra=MICROSOFT, eye=8 * np.eye(4, dtype=np.float32))  # fmt: skip
+    save(path, """g (float[batch,4,4] x) => (float[batch,4,4] y) {
+        s = Add(x, eye)
+        y = com.microsoft.Inverse(s)
+    }""", extra=MICROSOFT, eye=8 * np.eye(4, dtype=np.float32))  # fmt: skip
 
 
 def linear_regressor(path: Path) -> None:
@@ -365,7 +413,10 @@ def tree_classifier(path: Path) -> None:
     graph = helper.make_graph(
         [node], "g",
         [helper.make_tensor_value_info("x", 1, ["batch", 4])],
-        [helper.make_tensor_value_info("label", 7, ["batch"]), helper.make_tensor_value_info("scores", 1, ["batch", 2])],
+        [
+            helper.make_tensor_value_info("label", 7, ["batch"]),
+            helper.make_tensor_value_info("scores", 1, ["batch", 2]),
+        ],
     )  # fmt: skip
     sets = [helper.make_opsetid("", 18), helper.make_opsetid("ai.onnx.ml", 3)]
     onnx.save(helper.make_model(graph, opset_imports=sets, ir_version=10), path)

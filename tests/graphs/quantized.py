@@ -70,13 +70,13 @@ def qdq_symmetric(path: Path) -> None:
 
 
 def qdq_default(path: Path) -> None:
-    """quantize_static's defaults: uint8 activations around a zero point, biases in int32."""
+    """quantize_static's defaults: int8 activations around a zero point, biases in int32."""
     _static(path)
 
 
-def qdq_int8_asymmetric(path: Path) -> None:
-    """int8 activations around a zero point other than 0."""
-    _static(path, activation_type=_types()[1].QInt8)
+def qdq_unsigned(path: Path) -> None:
+    """uint8 activations around a zero point."""
+    _static(path, activation_type=_types()[1].QUInt8)
 
 
 def qdq_per_channel(path: Path) -> None:
@@ -86,7 +86,7 @@ def qdq_per_channel(path: Path) -> None:
 
 def qdq_unsigned_weights(path: Path) -> None:
     """Weights in uint8 around a zero point."""
-    _static(path, weight_type=_types()[1].QUInt8)
+    _static(path, activation_type=_types()[1].QUInt8, weight_type=_types()[1].QUInt8)
 
 
 def qoperator(path: Path) -> None:

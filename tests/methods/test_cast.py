@@ -12,7 +12,7 @@ from tests.methods.graphs import make_context, run, samples, save, save_residual
 
 from bmctl.backends import BACKENDS
 from bmctl.core import onnxgraph
-from bmctl.engine.artifacts.reference import open_graph, open_reference
+from bmctl.engine.artifacts.graphrunner import open_graph, open_reference
 from bmctl.errors import RecipeError, UnsupportedError
 from bmctl.methods import cast
 from bmctl.schema import Span

@@ -27,6 +27,10 @@ FLAG = ""
 ANYWHERE = ""
 DEVICE = "cpu"
 
+EMPTY = ("Exception from ", "Check '", "Caught exception", "FrontEnd API failed", "Model wasn't fully")
+UNCONVERTED = ("conversion rule", "No translator", "Conversion is failed")
+"""Lines of OpenVINO's messages that say nothing, and words of those that name operators which it has not."""
+
 
 class Config(Strict):
     """Attributes:
@@ -71,8 +75,9 @@ def build(
     from bmctl.core.onnxfile import copy_graph
 
     copy_graph(onnx_path, out=out)
+    mended = _mend(out)
     with open(out, config=config, signature=signature):
-        return {"version": _openvino().get_version(), "precision": _precision(config)}
+        return {"version": _openvino().get_version(), "precision": _precision(config), "mended": mended}
 
 
 def open(
@@ -95,6 +100,8 @@ class OpenVinoRunner:
         streams = self._model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS") if config.hint == "throughput" else 1
         self._requests: list[Any] = [self._model.create_infer_request() for _ in range(streams)]
         self.signature = signature
+        self._fed = {name for port in self._model.inputs for name in port.get_names()}
+        self._places = [_place(self._model, spec.name, i) for i, spec in enumerate(signature.outputs)]
         self.bounds: dict[str, Bounds] = {}
 
     def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -109,16 +116,21 @@ class OpenVinoRunner:
         results = []
         try:
             for request, part in zip(self._requests, parts, strict=False):
-                request.start_async(part, share_inputs=True)
+                request.start_async(self._tensors(part), share_inputs=True)
             for request, _ in zip(self._requests, parts, strict=False):
                 request.wait()
-                results.append([request.get_output_tensor(i).data.copy() for i in range(len(outputs))])
+                results.append([request.get_output_tensor(i).data.copy() for i in self._places])
         except RuntimeError as error:
             raise PackageError(f"OpenVINO failed on a batch: {_reason(error)}") from error
         if len(results) == 1:
             return {spec.name: array for spec, array in zip(outputs, results[0], strict=True)}
         columns = zip(outputs, zip(*results, strict=True), strict=True)
         return {spec.name: np.concatenate(arrays, axis=spec.shape.index(BATCH)) for spec, arrays in columns}
+
+    def _tensors(self, feed: dict[str, np.ndarray]) -> dict[str, Any]:
+        """What is fed: OpenVINO drops inputs that nothing reads, and takes a bare array of rank 0 for one of rank 1."""
+        tensor = _openvino().Tensor
+        return {n: a if a.ndim else tensor(a, shared_memory=True) for n, a in feed.items() if n in self._fed}
 
     def _split(self, feed: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
         """Equal parts of the batch, one per stream at most; nothing is split where an array has no free batch."""
@@ -144,6 +156,30 @@ class OpenVinoRunner:
         self._model = None
 
 
+def _mend(graph: Path) -> list[str]:
+    """Write the file anew without what OpenVINO has not and can be said otherwise; returns what was done."""
+    import onnx
+
+    from bmctl.backends.quantized_operators import CONTRIB
+    from bmctl.backends.rewriting import rewrite
+    from bmctl.core.onnxfile import inline_functions
+
+    done = ["functions of the file's own are written out"] if inline_functions(graph) else []
+    model = onnx.load(graph)
+    rewritten = rewrite(model, CONTRIB)
+    if rewritten:
+        onnx.save(model, graph)
+    return [*done, *rewritten]
+
+
+def _place(model: Any, name: str, index: int) -> int:
+    """Where OpenVINO has an output: it goes by names, for it may order or merge them otherwise."""
+    named = [i for i, port in enumerate(model.outputs) if name in port.get_names()]
+    if not named and index >= len(model.outputs):
+        raise UnsupportedError(f"OpenVINO has lost the output {name!r}", hint="keep this graph on onnxruntime")
+    return named[0] if named else index
+
+
 def _compile(artifact: Path, config: Config) -> Any:
     core = _openvino().Core()
     options = {
@@ -156,9 +192,13 @@ def _compile(artifact: Path, config: Config) -> Any:
         return core.compile_model(core.read_model(artifact), "CPU", options)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()]
-        named = [line for line in lines if "conversion rule" in line or "No translator" in line]
+        named = [line for line in lines if any(word in line for word in UNCONVERTED)]
         if named:
-            raise UnsupportedError(f"OpenVINO does not take {artifact}: {named[0][:300]}") from error
+            why = [line for line in lines if line.endswith(".") and not line.startswith("Model wasn't")]
+            text = " ".join([named[0].lstrip("- "), *why[:1]])[:300]
+            raise UnsupportedError(
+                f"OpenVINO does not take the graph: {text}", hint="keep this graph on onnxruntime"
+            ) from error
         raise PackageError(f"OpenVINO cannot open {artifact}: {_reason(error)}") from error
 
 
@@ -172,7 +212,7 @@ def _precision(config: Config) -> str:
 def _reason(error: RuntimeError) -> str:
     """The line that says something: OpenVINO's messages begin with where in its sources they were raised."""
     lines = [line.strip() for line in str(error).splitlines()]
-    told = [line for line in lines if line and not line.startswith(("Exception from ", "Check '"))]
+    told = [line for line in lines if line and not line.startswith(EMPTY)]
     return (told or lines or ["no reason given"])[0][:300]
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bmctl.backends.trt_mend import mend, open_quietly, usual_feed
 from bmctl.core.runner import shown
 from bmctl.errors import DependencyError, PackageError, UnsupportedError
 from bmctl.schema import Signature, Span
@@ -61,13 +62,13 @@ def build_engine(
         prepare: Told the builder's settings before the build, for what one of the libraries alone has.
 
     Returns:
-        For the manifest: version, profile per input as (min, opt, max) shapes, quantizers that were unsigned (see
-        trt_graph), hash, messages.
+        For the manifest: version, profile per input as (min, opt, max) shapes or values, what was mended in the graph
+        (see trt_mend), hash, messages.
 
     Raises:
         UnsupportedError: The parser or the builder refuses the graph; operators are named.
     """
-    graph, num_signed = _read_graph(onnx_path)
+    graph, mended = mend(onnx_path, signature=signature, axes=axes)
     logger = find_logger(trt)
     logger.drain()
     builder = trt.Builder(logger)
@@ -82,7 +83,7 @@ def build_engine(
     settings = builder.create_builder_config()
     if not tf32:
         settings.clear_flag(trt.BuilderFlag.TF32)
-    profiles = _add_profile(builder, network, settings, signature, axes)
+    profiles = _add_profile(builder, network, settings, signature, axes, onnx_path=onnx_path)
     prepare(settings)
     memory = builder.build_serialized_network(network, settings)
     if memory is None:
@@ -98,21 +99,10 @@ def build_engine(
         "version": trt.__version__,
         "profile": profiles,
         "tf32": tf32,
-        "num_signed_quantizers": num_signed,
+        "mended": mended,
         "sha256": hashlib.sha256(data).hexdigest(),
         "messages": list(dict.fromkeys(logger.drain()))[:20],
     }
-
-
-def _read_graph(onnx_path: Path) -> tuple[bytes, int]:
-    """The graph as TensorRT takes it, and how many of its quantizers had to be made signed for that."""
-    import onnx
-
-    from bmctl.backends.trt_graph import sign_quantizers
-
-    model = onnx.load(onnx_path)
-    num_signed = sign_quantizers(model)
-    return (model.SerializeToString() if num_signed else onnx_path.read_bytes()), num_signed
 
 
 def _describe(problem: Any) -> str:
@@ -121,9 +111,11 @@ def _describe(problem: Any) -> str:
 
 
 def _add_profile(
-    builder: Any, network: Any, settings: Any, signature: Signature, axes: Mapping[str, Span]
+    builder: Any, network: Any, settings: Any, signature: Signature, axes: Mapping[str, Span], *, onnx_path: Path
 ) -> dict[str, list[list[int]]]:
-    """One optimization profile over all inputs with a free axis; their (min, opt, max) shapes by name."""
+    """One optimization profile over all inputs with a free axis, by name their (min, opt, max) shapes; or the values of
+    those that say a shape, which are found with ONNX Runtime.
+    """
     profile = builder.create_optimization_profile()
     specs = {spec.name: spec for spec in signature.inputs}
     shapes: dict[str, list[list[int]]] = {}
@@ -135,16 +127,31 @@ def _add_profile(
         if missing:
             raise UnsupportedError(
                 f"input {tensor.name!r} is {shown(spec)}, and nobody says which sizes {missing[0]!r} will have",
-                hint=f"--set export.axes.{missing[0]}='{{min: 1, opt: 32, max: 128}}'",
+                hint=f"--axis {missing[0]}=1:32:128",
             )
         wanted = [[_size(axes, axis, which) for axis in spec.shape] for which in ("min", "opt", "max")]
         shapes[tensor.name] = wanted
-        if wanted[0] != list(tensor.shape):  # a free axis is -1 there
+        if tensor.is_shape_tensor:
+            is_free = True
+            shapes[tensor.name] = values = _values(onnx_path, tensor.name, signature, axes)
+            profile.set_shape_input(tensor.name, *values)
+        elif wanted[0] != list(tensor.shape):  # a free axis is -1 there
             is_free = True
             profile.set_shape(tensor.name, *(tuple(shape) for shape in wanted))
     if is_free and settings.add_optimization_profile(profile) < 0:
         raise UnsupportedError(f"the sizes {shapes} were not taken")
     return shapes
+
+
+def _values(onnx_path: Path, name: str, signature: Signature, axes: Mapping[str, Span]) -> list[list[int]]:
+    """Smallest, most common and largest numbers of an input that says a shape."""
+    session = open_quietly(str(onnx_path))
+    found = []
+    for which in ("min", "opt", "max"):
+        feed = usual_feed(onnx_path, session, signature=signature, axes=axes, which=which)
+        found.append([int(value) for value in feed[name].reshape(-1)])
+    columns = [sorted(column) for column in zip(*found, strict=True)]
+    return [[column[i] for column in columns] for i in range(3)]
 
 
 def _size(axes: Mapping[str, Span], axis: int | str, which: str) -> int:

@@ -13,6 +13,7 @@ from bmctl.schema import BATCH, Signature, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
 DEVICE = "cuda"
 
@@ -46,12 +47,14 @@ class EngineRunner:
             outputs=tuple(_spec(trt, engine, name) for name in names if name not in fed),
         )
         self.bounds = _bounds(engine, self.signature.inputs)
+        self._specs = {name: _spec(trt, engine, name) for name in names}
+        # What says a shape is read on the host, before anything runs.
+        self._hosted = {name for name in fed if engine.is_shape_inference_io(name)}
         self._runtime, self._engine, self._context = runtime, engine, context
         self._stream = torch.cuda.Stream()
 
     def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One batch; blocks until the outputs are there."""
-        import numpy as np
         import torch
 
         context = self._context
@@ -60,19 +63,32 @@ class EngineRunner:
         checked = check_feed(feed, inputs=self.signature.inputs, bounds=self.bounds)
         with torch.cuda.stream(self._stream):
             # Kept in `held` until the stream is done: TensorRT has only their addresses.
-            held = {n: torch.from_numpy(np.require(a, requirements="W")).to(DEVICE) for n, a in checked.items()}
+            held = {name: self._held(name, array) for name, array in checked.items()}
             for name, array in held.items():
                 self._expect(context.set_input_shape(name, tuple(array.shape)), f"the shape of {name!r}")
+                self._expect(context.set_tensor_address(name, array.data_ptr()), f"the address of {name!r}")
+            given: dict[str, torch.Tensor] = {}
             for spec in self.signature.outputs:
                 shape = tuple(context.get_tensor_shape(spec.name))
                 if -1 in shape:
                     raise UnsupportedError(f"the size of output {spec.name!r} depends on the data: {shape}")
-                held[spec.name] = torch.empty(shape, dtype=getattr(torch, spec.dtype), device=DEVICE)
-            for name, array in held.items():
-                self._expect(context.set_tensor_address(name, array.data_ptr()), f"the address of {name!r}")
+                kind = getattr(torch, self._specs[spec.name].dtype)
+                given[spec.name] = array = torch.empty(shape, dtype=kind, device=DEVICE)
+                self._expect(context.set_tensor_address(spec.name, array.data_ptr()), f"the address of {spec.name!r}")
             self._expect(context.execute_async_v3(self._stream.cuda_stream), "the batch")
         self._stream.synchronize()
-        return {spec.name: held[spec.name].cpu().numpy() for spec in self.signature.outputs}
+        # TensorRT computes float64 in float32, and hands it over as such.
+        return {
+            spec.name: given[spec.name].cpu().numpy().astype(spec.dtype, copy=False) for spec in self.signature.outputs
+        }
+
+    def _held(self, name: str, array: np.ndarray) -> torch.Tensor:
+        """An input where the engine reads it, in the type that it has there."""
+        import numpy as np
+        import torch
+
+        kept = np.require(array.astype(self._specs[name].dtype, copy=False), requirements="W")
+        return torch.from_numpy(kept).to("cpu" if name in self._hosted else DEVICE)
 
     def _expect(self, taken: bool, what: str, /) -> None:
         if not taken:

@@ -16,9 +16,11 @@ from bmctl.errors import DataError
 from bmctl.schema import Signature, Span, TensorSpec
 
 Feed = dict[str, np.ndarray]
-Style = Literal["small", "shape", "ones", "twos", "zeros"]
-STYLES: tuple[Style, ...] = ("small", "shape", "ones", "twos", "zeros")
-"""How integers that index nothing are drawn: 0 or 1; vectors as the shape of another input; all of one value."""
+Style = Literal["small", "shape", "unit", "ones", "twos", "zeros"]
+STYLES: tuple[Style, ...] = ("small", "shape", "unit", "ones", "twos", "zeros")
+"""How integers that index nothing are drawn: 0 or 1; vectors as the shape of another input; all of one value. With
+`unit` floats lie in [0, 1), as coordinates may have to.
+"""
 
 MASKS = ("mask", "valid", "present")
 
@@ -119,6 +121,8 @@ def _drawn(
     style: Style,
 ) -> np.ndarray:
     shape, dtype = shapes[spec.name], np.dtype(spec.dtype)
+    if dtype.kind == "f" and style == "unit":
+        return np.asarray(rng.random(shape)).astype(dtype)
     if dtype.kind == "f":
         return np.asarray(rng.standard_normal(shape)).astype(dtype)
     if limit is not None:
@@ -133,6 +137,8 @@ def _drawn(
             return np.array(same[0], dtype)
     if style in ("ones", "twos", "zeros"):
         return np.full(shape, ("zeros", "ones", "twos").index(style), dtype)
+    if int(np.prod(shape)) == 1 and len(shape) < 2:
+        return np.full(shape, 2, dtype)  # how often, how many
     high = 256 if dtype == np.uint8 else 128 if dtype == np.int8 else 2
     return np.asarray(rng.integers(1 if "len" in spec.name.lower() else 0, high, shape)).astype(dtype)
 

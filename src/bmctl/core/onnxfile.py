@@ -12,6 +12,7 @@ import stat
 from pathlib import Path
 
 import onnx
+import onnx.inliner
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
@@ -163,6 +164,15 @@ def _num_bytes(tensor: TensorProto) -> int:
     except (KeyError, TypeError):
         bits = 8  # the checker says what is wrong with it
     return -(-math.prod(tensor.dims) * bits // 8)
+
+
+def inline_functions(path: Path) -> bool:
+    """Write out the functions of a graph of one file, in place; whether it had any."""
+    model = onnx.load(path)
+    if not model.functions:
+        return False
+    onnx.save(onnx.inliner.inline_local_functions(model), path)
+    return True
 
 
 def copy_graph(onnx_path: Path, *, out: Path) -> None:

@@ -16,7 +16,8 @@ from bmctl.schema import BATCH, Signature, TensorSpec
 
 QUANTIZING = {
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger",
-    "MatMulInteger", "QGemm", "QLinearAdd", "MatMulNBits", "QAttention",
+    "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearAdd", "MatMulNBits", "QAttention",
+    "DynamicQuantizeMatMul", "DynamicQuantizeLSTM",
 }  # fmt: skip
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]

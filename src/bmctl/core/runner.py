@@ -191,7 +191,7 @@ def _check_size(axis: str, got: int, bounds: Bounds | None) -> None:
         what = f"a batch of {got}" if axis == BATCH else f"{got} along the axis {axis!r}"
         raise DataError(
             f"{what} is outside the profile that the engine was built for: {low} to {high}",
-            hint=f"send other sizes, or build with another export.axes.{axis}",
+            hint=f"send other sizes, or build for others: bmctl export ... --axis {axis}=MIN:OPT:MAX",
         )
 
 

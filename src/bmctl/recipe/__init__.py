@@ -47,7 +47,7 @@ def load_recipe(path_or_name: str | Path, *, overrides: Sequence[str] = ()) -> R
 
     Args:
         path_or_name: A built-in recipe's name; with a slash or ``.yaml`` a path.
-        overrides: ``a.b=v`` with v as YAML, as `--set` takes them; later ones win.
+        overrides: ``a.b=v`` with v as YAML, as `--set` takes them; later ones win. A key with dots stands in quotes.
 
     Raises:
         RecipeError: With every problem that was found.

@@ -11,7 +11,7 @@ from bmctl.backends import eager
 from bmctl.core import onnxfile
 from bmctl.core.runner import Runner
 from bmctl.engine.artifacts.deployed import Deployed, open_runners
-from bmctl.engine.artifacts.reference import open_graph
+from bmctl.engine.artifacts.graphrunner import open_graph
 from bmctl.package import Manifest, ModelPackage
 from bmctl.restore import load_model
 from bmctl.tasks import TASKS, parts_of

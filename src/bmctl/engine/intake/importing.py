@@ -145,7 +145,7 @@ def _model_config(context: StageContext, name: str | None, *, path: Path) -> Mod
 
 
 def _key(context: StageContext, source: str, *, match: str) -> str:
-    used: Any = {"model": True, "task": True, "data": {"source", "val", "input"}}
+    used: Any = {"model": True, "task": True, "data": {"source", "val", "input"}, "export": {"axes", "sample"}}
     fields = {"source": source, "match": match, "recipe": context.recipe.model_dump(mode="json", include=used)}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 

@@ -45,12 +45,8 @@ class Form:
 
 
 def _placed(arrays: Mapping[str, np.ndarray], *, shared: bool) -> Tensors:
-    """Copies in memory of their own."""
-    found = {}
-    for name, array in arrays.items():
-        tensor = as_tensor(array)
-        found[name] = _empty(tuple(tensor.shape), tensor.dtype, shared=shared).copy_(tensor)
-    return found
+    """Contiguous, and where `shared` in shared memory."""
+    return {name: _moved(as_tensor(array).contiguous(), shared=shared) for name, array in arrays.items()}
 
 
 def _moved(tensor: torch.Tensor, *, shared: bool) -> torch.Tensor:
