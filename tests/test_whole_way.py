@@ -48,7 +48,7 @@ def test_the_demo_keeps_its_promises(tmp_path: Path) -> None:
     assert len(predictions) == 10 and right >= 7
 
 
-@pytest.mark.parametrize("name", ["digits", "fashion-mnist-mlp"])
+@pytest.mark.parametrize("name", ["digits", "commands", "fashion-mnist-mlp"])
 def test_the_other_recipes_pass_their_gates(name: str, tmp_path: Path) -> None:
     code, report = run(name, tmp_path / "run")
     assert code == 0
@@ -77,6 +77,6 @@ def test_the_demos_recipe_takes_other_models(model: str, overrides: list[str], t
 
 def test_every_shipped_recipe_loads() -> None:
     found = builtin_recipes()
-    assert {"fashion-mnist", "fashion-mnist-mlp", "digits", "image-folder"} <= found.keys()
+    assert {"fashion-mnist", "fashion-mnist-mlp", "digits", "commands", "image-folder", "reuters-r8"} <= found.keys()
     for name in found:
         assert load_recipe(name).name == name

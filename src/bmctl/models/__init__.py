@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from bmctl.core.published import Published
 from bmctl.errors import RecipeError
 from bmctl.models import own, timm, torchvision, transformers
-from bmctl.models.spec import Argument, Drops, ModelConfig, ModelSpec, construct, no_drop, words
+from bmctl.models.spec import Argument, Drops, ModelConfig, ModelSpec, bare_name, construct, no_drop, words
 from bmctl.schema import BATCH
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def check_name(name: str) -> None:
     """
     import difflib
 
-    prefix, _, bare = name.partition(":")
+    prefix, bare = name.partition(":")[0], bare_name(name)
     known = MODELS[prefix].names()
     if bare not in known and not (prefix == "transformers" and transformers.is_elsewhere(bare)):
         close = difflib.get_close_matches(bare, known, n=3)

@@ -8,7 +8,7 @@ from typing import Annotated, TypeVar
 from pydantic import Field
 
 from bmctl.errors import RecipeError
-from bmctl.schema import Many, Strict, TensorSpec
+from bmctl.schema import Many, Strict, TensorSpec, resolve_env
 
 T = TypeVar("T")
 
@@ -27,12 +27,13 @@ class ModelConfig(Strict):
     """The `model` section: a name with its source as prefix, and the constructor's arguments.
 
     Attributes:
+        name: Of a folder, it may hold ``${ENV:NAME}``.
         pretrained: Download the published weights; naming it is asking for the download.
         dropout: Overrides the probability by which the model leaves activations out in training.
         stochastic_depth: The same for whole residual branches, at the last block; less at those before it.
     """
 
-    name: Annotated[str, Field(pattern=r"^(bmctl|torchvision|timm|transformers):[A-Za-z0-9_.\-/]{1,200}$")]
+    name: Annotated[str, Field(pattern=r"^(bmctl|torchvision|timm|transformers):[A-Za-z0-9_.\-/${}:]{1,200}$")]
     args: dict[str, Argument] = Field(default_factory=dict)
     pretrained: bool = False
     dropout: Probability | None = None
@@ -69,8 +70,12 @@ def no_drop(name: str, field: str) -> RecipeError:
 
 
 def bare_name(name: str) -> str:
-    """``timm:vit_tiny_patch16_224`` without its source."""
-    return name.partition(":")[2]
+    """``timm:vit_tiny_patch16_224`` without its source.
+
+    Raises:
+        RecipeError: It holds environment variables that are not set.
+    """
+    return resolve_env(name.partition(":")[2])
 
 
 def takes_text(spec: ModelSpec) -> bool:

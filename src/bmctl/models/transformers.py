@@ -73,8 +73,7 @@ def resolve(spec: ModelSpec) -> ModelSpec:
     Raises:
         DependencyError: It cannot be downloaded.
     """
-    name = bare_name(spec.name)
-    if CONFIG in spec.args or name in names():
+    if CONFIG in spec.args or (name := bare_name(spec.name)) in names():
         return spec
     raw = _repository_config(name)
     stored = {key: value for key, value in raw.items() if _is_plain(key)} | {"model_type": raw["model_type"]}
@@ -132,14 +131,13 @@ def build(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
     from bmctl.models.own.networks import ImageLogits, TextLogits
 
     check_fits(spec, reserved=_OURS)
-    name = bare_name(spec.name)
     spec = resolve(spec)
     stored = json.loads(str(spec.args[CONFIG])) if CONFIG in spec.args else {}
     changes = {key: value for key, value in spec.args.items() if key != CONFIG}
     strange = sorted(key for key in {**stored, **changes} if not _is_plain(key) and key != "model_type")
     if strange:
         raise RecipeError(f"model.args: {strange[0]} may not be set", hint=f"remove {strange[0]} from model.args")
-    architecture = str(stored.get("model_type", name))
+    architecture = str(stored["model_type"]) if stored else bare_name(spec.name)
     kind: Kind = "text" if takes_text(spec) else "image"
     if architecture not in _known(kind):
         others = {"text": "images", "image": "texts"}[kind]

@@ -39,6 +39,9 @@ TRACED = 2
 
 Feed = Mapping[str, np.ndarray]
 
+_SAME_AXIS = re.compile(r"# The axis name: (.+) will not be used, since it shares .* with another axis: \1\.")
+"""What the exporter says of an axis that two inputs have, under one name."""
+
 
 def export_onnx(
     model: nn.Module, *, signature: Signature, example: Feed, out: Path, axes: Mapping[str, Span] | None = None
@@ -78,7 +81,7 @@ def export_onnx(
         part.replace(out)
     finally:
         part.unlink(missing_ok=True)
-    return tuple(notes)
+    return tuple(note for note in notes if not _SAME_AXIS.match(note))
 
 
 def resized(feed: Feed, signature: Signature, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:

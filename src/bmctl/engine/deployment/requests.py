@@ -20,7 +20,6 @@ from bmctl.inputs import INPUTS, Resolved
 from bmctl.schema import Emit, TensorSpec
 
 MAX_NPZ_BYTES = 4 * 2**30
-BUNDLED = "bundled:"
 
 
 def open_requests(
@@ -48,13 +47,8 @@ def open_requests(
         DataError: Nothing there, or nothing that fits. While reading: bad files.
     """
     path = Path(source)
-    if not str(source).startswith(BUNDLED):
-        if path.suffix.lower() == ".npz" and not path.is_dir():
-            return _of_arrays(path, inputs=inputs, given=given, batch_size=batch_size, emit=emit)
-        if not path.exists():
-            raise DataError(
-                f"{path} does not exist", hint="name an image, a folder, an .npz, a .csv or bundled:samples"
-            )
+    if path.suffix.lower() == ".npz" and not path.is_dir():
+        return _of_arrays(path, inputs=inputs, given=given, batch_size=batch_size, emit=emit)
     known = _input_of(inputs, given, source=str(source))
     found: Requests = INPUTS[known.spec.kind].requests(
         source, given=known, batch_size=batch_size, on_bad=on_bad, emit=emit
@@ -65,6 +59,8 @@ def open_requests(
 
 def _input_of(inputs: Sequence[TensorSpec], given: Resolved | None, *, source: str) -> Resolved:
     if given is None or len(INPUTS[given.spec.kind].specs(given.spec)) != len(inputs):
+        if not Path(source).exists():
+            raise DataError(f"{source} does not exist", hint="name an .npz with an array for each input")
         wants = ", ".join(f"{spec.name!r} {spec.dtype} {['n', *spec.shape[1:]]}" for spec in inputs)
         raise DataError(
             f"{source} holds no prepared arrays, and this model has no record of how they are made for it",

@@ -45,6 +45,8 @@ def requests(source: str | Path, spec: Spec, *, batch_size: int, on_bad: OnBad, 
         images = [(f"{SAMPLES}/{file.name}", file) for file in sorted(folder.glob("*.png"))]
     elif path.is_dir():
         images = _find_images(path, emit=emit)
+    elif not path.exists():
+        raise DataError(f"{path} does not exist", hint="name an image, a folder, an .npz, a .csv or bundled:samples")
     elif path.suffix.lower() == ".csv":
         images = _read_list(path)
     else:

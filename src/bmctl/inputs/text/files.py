@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 MAX_NAMED = 50
 _LINES = (".txt", ".text", ".lines", "")
 _MOST_NAME = 4096
+_MOST_SHOWN = 60
 
 
 def requests(source: str | Path, *, given: Resolved, batch_size: int, on_bad: OnBad, emit: Emit) -> Requests:
@@ -51,7 +52,7 @@ def requests(source: str | Path, *, given: Resolved, batch_size: int, on_bad: On
 def _found(source: str | Path) -> list[tuple[str, str]]:
     """Texts, and what they are called."""
     if isinstance(source, str) and not _is_there(source) and not _looks_like_a_file(source):
-        return [("text", source)]
+        return [(_short(source), source)]
     path = Path(source)
     if path.is_dir():
         raise DataError(f"{path} is a folder", hint="name a file with a text on each line, a table, or a text itself")
@@ -63,6 +64,12 @@ def _found(source: str | Path) -> list[tuple[str, str]]:
     if not texts:
         raise DataError(f"{path} is empty", hint="put a text on each line")
     return texts
+
+
+def _short(text: str) -> str:
+    """A text by which it is known again."""
+    line = " ".join(text.split())
+    return line if len(line) <= _MOST_SHOWN else f"{line[: _MOST_SHOWN - 3]}..."
 
 
 def _is_there(source: str) -> bool:

@@ -127,28 +127,27 @@ class MLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every token looks at all tokens of its text.
+    """Every token looks at all tokens of its text; d = D / A at first, less once it is pruned.
 
     Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762
     """
 
     def __init__(self, width: int, *, heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads = heads
+        # The names that timm has for these: pruning knows heads by them.
+        self.num_heads = heads
+        self.head_dim = width // heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
         self.dropout = dropout
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
 
     def forward(self, x_NTD: torch.Tensor, bias_N11T: torch.Tensor) -> torch.Tensor:
-        q_NATd, k_NATd, v_NATd = (
-            layer(x_NTD).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
-        )
+        qkv_NT3Ad = self.qkv(x_NTD).unflatten(-1, (3, self.num_heads, self.head_dim))
+        q_NATd, k_NATd, v_NATd = qkv_NT3Ad.permute(2, 0, 3, 1, 4).unbind(0)
         mixed_NATd = nn.functional.scaled_dot_product_attention(
             q_NATd, k_NATd, v_NATd, attn_mask=bias_N11T, dropout_p=self.dropout if self.training else 0.0
         )
-        return self.out(mixed_NATd.transpose(1, 2).flatten(2))
+        return self.proj(mixed_NATd.transpose(1, 2).flatten(2))
 
 
 class EncoderLayer(nn.Module):
