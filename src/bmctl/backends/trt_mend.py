@@ -107,7 +107,7 @@ def open_quietly(source: str | bytes) -> Any:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise UnsupportedError(
-            f"what is to be mended for TensorRT cannot be proven: ONNX Runtime does not take it: {first_line(error)}",
+            f"ONNX Runtime, on which graphs are proven for TensorRT, does not take it: {first_line(error)}",
             hint="export the model again with standard operators",
         ) from error
 
