@@ -23,7 +23,7 @@ from bmctl.core.evaluation import Evaluation
 from bmctl.doctor import Check
 from bmctl.errors import DataError, Problem, RecipeError
 from bmctl.report import wording
-from bmctl.report.rows import Comparison, GateResult, Latency, Report, Row, Score, with_gates
+from bmctl.report.rows import Comparison, GateResult, LatencyRow, Report, Row, Score, with_gates
 from bmctl.tasks import classify
 
 ESCAPE = "\x1b"
@@ -389,7 +389,7 @@ DROP = Comparison(0.0016, -0.004, 0.007, "packages/00-train", "test")
 TRAIN = Row("packages/00-train", "package", "train", None, True, "fp32", 315_146, 31_200_000, 1_259_000, METRIC, METRIC)
 BUILT = Row(
     "deploy/openvino", "artifact", "ptq", "openvino", False, "int8", 80_123, 8_200_000, 141_000, None, METRIC, DROP,
-    Latency(2.9, 3.9, 4.3, 15), 22_069.0, Comparison(2.72, 2.5, 2.9, "x"), Comparison(8.86, 8.3, 9.3, "y"),
+    LatencyRow(2.9, 3.9, 4.3, 15), 22_069.0, Comparison(2.72, 2.5, 2.9, "x"), Comparison(8.86, 8.3, 9.3, "y"),
 )  # fmt: skip
 UNRUN = Row(
     "deploy/tensorrt_rtx", "artifact", "ptq", "tensorrt_rtx", False, "int8", None, None, 191_000,

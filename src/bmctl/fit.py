@@ -107,7 +107,7 @@ class Linear(ScheduleConfig):
     final: Ratio = 0.0
 
 
-class Step(ScheduleConfig):
+class StepDecay(ScheduleConfig):
     """Times `factor` at each of `at`, which are fractions of all steps."""
 
     name: Literal["step"]
@@ -131,7 +131,7 @@ class Constant(ScheduleConfig):
     name: Literal["constant"]
 
 
-Schedule = Annotated[Cosine | Linear | Step | OneCycle | Constant, Field(discriminator="name")]
+Schedule = Annotated[Cosine | Linear | StepDecay | OneCycle | Constant, Field(discriminator="name")]
 
 
 # -- the loop -----------------------------------------------------------------------------------------

@@ -21,14 +21,14 @@ from bmctl.job import Job as Job
 from bmctl.job import Logs, outcome_path, read_record, torchrun_nodes, write_outcome
 from bmctl.job import is_worker as is_worker
 from bmctl.processes.heartbeat import beating
-from bmctl.processes.rendezvous import machine
+from bmctl.processes.rendezvous import own_suffix
 from bmctl.processes.signals import Stop, catch_signals, interrupted
 from bmctl.processes.watchdog import Overseer, watched
 from bmctl.recipe import LaunchConfig, load_recipe, recipe_yaml
 from bmctl.schema import Emit
 
 if TYPE_CHECKING:
-    from bmctl.processes.agent import Shared
+    from bmctl.processes.agent import AgentState
 
 POLL_S = 0.1
 KILL_AFTER_S = 15.0
@@ -131,11 +131,11 @@ def _run_group(job: Job, config: LaunchConfig, *, emit: Emit) -> None:
     however late that starts, and the group is given time to publish a checkpoint.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is loaded: only bmctl speaks here
-    from bmctl.processes.agent import Shared, run_agent
+    from bmctl.processes.agent import AgentState, run_agent
 
     is_shared = config.nodes.max > 1
-    job = job.model_copy(update={"node": machine() if is_shared else ""})
-    logs, shared = Logs(Path(job.run), node=job.node), Shared()
+    job = job.model_copy(update={"node": own_suffix() if is_shared else ""})
+    logs, shared = Logs(Path(job.run), node=job.node), AgentState()
     recipe = load_recipe(logs.run / "recipe.yaml")
     grace_s = recipe.train.grace_s if recipe.train else 30.0
     _prepare(job, logs)
@@ -155,7 +155,9 @@ def _run_group(job: Job, config: LaunchConfig, *, emit: Emit) -> None:
     _raise_outcome(logs, shared, stop)
 
 
-def _stay(agent: threading.Thread, config: LaunchConfig, logs: Logs, shared: Shared, *, stop: Stop, emit: Emit) -> None:
+def _stay(
+    agent: threading.Thread, config: LaunchConfig, logs: Logs, shared: AgentState, *, stop: Stop, emit: Emit
+) -> None:
     """Until the agent is done: hand on signals and events, and see that the workers move."""
     told: set[int] = set()
     tail, overseer = _Tail(logs.events, emit), Overseer(logs, timeout_s=config.timeout_s)
@@ -222,7 +224,7 @@ def _environment(config: LaunchConfig) -> Iterator[None]:
     if config.threads is not None or "OMP_NUM_THREADS" not in os.environ:
         wanted["OMP_NUM_THREADS"] = str(config.threads or max(1, cores // config.nproc))
     if sys.platform == "linux" and "GLOO_SOCKET_IFNAME" not in os.environ and _is_here(config):
-        wanted["GLOO_SOCKET_IFNAME"] = "lo"  # a host name that does not resolve must not matter on one machine
+        wanted["GLOO_SOCKET_IFNAME"] = "lo"  # a host name that does not resolve must not matter on one own_suffix
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
@@ -236,12 +238,12 @@ def _environment(config: LaunchConfig) -> Iterator[None]:
 
 
 def _is_here(config: LaunchConfig) -> bool:
-    """Whether all processes are on this machine."""
+    """Whether all processes are on this own_suffix."""
     host = (config.rendezvous or "").rpartition(":")[0]
     return config.nodes.max == 1 or host in ("localhost", "[::1]") or host.startswith("127.")
 
 
-def _begun(logs: Logs, shared: Shared) -> list[int]:
+def _begun(logs: Logs, shared: AgentState) -> list[int]:
     """Workers that catch signals by now."""
     found = []
     for rank, pid in dict(shared.workers).items():
@@ -259,7 +261,7 @@ def _hand_on(signum: int, pids: Iterable[int], *, told: set[int]) -> None:
                 os.kill(pid, signum)
 
 
-def _raise_outcome(logs: Logs, shared: Shared, stop: Stop) -> None:
+def _raise_outcome(logs: Logs, shared: AgentState, stop: Stop) -> None:
     """Raise how the group was stopped, or its first failure."""
     outcome, failure = shared.outcome, shared.failure
     # Without a signal from outside, it was the agent that stopped the rest after a failure.

@@ -54,7 +54,7 @@ class FileRecord(Strict):
 
 
 @dataclass(frozen=True)
-class Draft:
+class Unpublished:
     """A directory that is being filled, and not yet there for anybody.
 
     Attributes:
@@ -68,7 +68,7 @@ class Draft:
     handle: int
 
 
-def begin_publishing(target: Path, *, overwrite: bool = False) -> Draft:
+def begin_publishing(target: Path, *, overwrite: bool = False) -> Unpublished:
     """Make the hidden directory; `commit` or `abandon` must follow.
 
     Raises:
@@ -80,7 +80,7 @@ def begin_publishing(target: Path, *, overwrite: bool = False) -> Draft:
         remove_leftovers(target.parent)
         temporary = hidden_sibling(target, "tmp")
         temporary.mkdir()
-        draft = Draft(target, temporary, overwrite, os.open(temporary, os.O_RDONLY | os.O_DIRECTORY))
+        draft = Unpublished(target, temporary, overwrite, os.open(temporary, os.O_RDONLY | os.O_DIRECTORY))
         try:
             fcntl.flock(draft.handle, fcntl.LOCK_EX)
             reach("store:begun")
@@ -90,7 +90,7 @@ def begin_publishing(target: Path, *, overwrite: bool = False) -> Draft:
         return draft
 
 
-def commit(draft: Draft) -> None:
+def commit(draft: Unpublished) -> None:
     """Sync every file, rename, sync the parent: the draft becomes its target, durably and at once.
 
     The manifest (`write_manifest`) must have been written, last of all. After an error `abandon` must follow.
@@ -114,7 +114,7 @@ def commit(draft: Draft) -> None:
         os.close(draft.handle)
 
 
-def abandon(draft: Draft) -> None:
+def abandon(draft: Unpublished) -> None:
     """Remove what was written; what was published already stays."""
     shutil.rmtree(draft.path, ignore_errors=True)
     os.close(draft.handle)

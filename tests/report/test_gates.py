@@ -11,7 +11,7 @@ from bmctl.core.evaluation import Metric
 from bmctl.errors import GateError
 from bmctl.recipe.sections import GatesConfig, MetricGates
 from bmctl.report import gates
-from bmctl.report.rows import Comparison, GateResult, Latency, Report, Row, Score
+from bmctl.report.rows import Comparison, GateResult, LatencyRow, Report, Row, Score
 
 METRICS = {
     "accuracy": Metric("accuracy", unit="share"),
@@ -42,7 +42,7 @@ SHIPPED = Row(
         "f1": Comparison(0.02, 0.01, 0.03, "packages/00-train", "test"),
         "loss": Comparison(0.05, 0.03, 0.07, "packages/00-train", "test"),
     },
-    latency=Latency(2.9, 3.5, 4.0, num_rounds=15),
+    latency=LatencyRow(2.9, 3.5, 4.0, num_rounds=15),
     samples_per_s=22_000,
     speedup=Comparison(2.72, 2.5, 2.9, "deploy/baseline/openvino"),
 )

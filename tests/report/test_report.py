@@ -184,7 +184,7 @@ def test_speedups_are_against_the_original_in_the_same_rounds(whole: Run) -> Non
     assert onnxruntime.speedup == onnxruntime.speedup_over_onnxruntime
     assert found["deploy/baseline/openvino"].speedup is None
     assert found["deploy/baseline/onnxruntime"].speedup_over_onnxruntime is None
-    assert openvino.latency == rows.Latency(
+    assert openvino.latency == rows.LatencyRow(
         pytest.approx(np.median(FAST) / 3),
         pytest.approx(np.quantile(FAST, 0.9) / 3),
         pytest.approx(np.quantile(FAST, 0.99) / 3),
@@ -328,7 +328,7 @@ def test_the_page_says_what_matters(whole: Run) -> None:
         "deploy/tensorrt_rtx: built, not run (no GPU); there: `bmctl X`",
         "packages/01-ptq: calibrated on 300 samples",
         "| FAIL | max_drop | openvino | 1.00 points | 2.00 [0.36, 3.62] points |",
-        "Latency is of one batch of 64 samples, taken on: processor Xeon",
+        "LatencyRow is of one batch of 64 samples, taken on: processor Xeon",
     ):
         assert piece in text, piece
 

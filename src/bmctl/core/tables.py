@@ -19,7 +19,7 @@ SUFFIXES = (*DELIMITERS, *JSON_LINES)
 _MOST_FIELD = 2**31 - 1
 
 
-class Row(NamedTuple):
+class Line(NamedTuple):
     """Attributes:
     line: Number of the line on which it ends, from 1.
     fields: Text by column.
@@ -36,7 +36,7 @@ def table_suffix(path: Path) -> str:
 
 def read_rows(
     path: Path, *, wanted: Sequence[str], names: Sequence[str] | None = None, skip: int = 0, hint: str
-) -> Iterator[Row]:
+) -> Iterator[Line]:
     """Rows in the order in which they stand.
 
     A .tsv or .tab knows no quotes; in a .csv fields may be quoted, with newlines inside. Empty lines at the end pass.
@@ -79,7 +79,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _csv_rows(
     reader: Any, *, path: Path, wanted: Sequence[str], names: Sequence[str] | None, skip: int, hint: str
-) -> Iterator[Row]:
+) -> Iterator[Line]:
     columns = list(names) if names is not None else next(reader, [])
     missing = [name for name in wanted if name not in columns]
     if missing:
@@ -100,10 +100,10 @@ def _csv_rows(
             )
         for each in fields:
             _check_nul(each, where=where)
-        yield Row(skip + reader.line_num, dict(zip(columns, fields, strict=True)))
+        yield Line(skip + reader.line_num, dict(zip(columns, fields, strict=True)))
 
 
-def _json_rows(file: TextIO, *, path: Path, wanted: Sequence[str], skip: int) -> Iterator[Row]:
+def _json_rows(file: TextIO, *, path: Path, wanted: Sequence[str], skip: int) -> Iterator[Line]:
     for number, line in enumerate(file, skip + 1):
         where = f"{path}, line {number}"
         if not line.strip():
@@ -121,7 +121,7 @@ def _json_rows(file: TextIO, *, path: Path, wanted: Sequence[str], skip: int) ->
                 hint="--set data.source.text=NAME, data.source.label=NAME",
             )
         fields = {name: _text(value, name=name, where=where) for name, value in found.items() if name in wanted}
-        yield Row(number, fields)
+        yield Line(number, fields)
 
 
 def _text(value: Any, *, name: str, where: str) -> str:

@@ -40,7 +40,7 @@ STRAGGLE_S = 5.0
 
 
 @dataclass
-class Shared:
+class AgentState:
     """What the agent's thread and the one that started it tell each other.
 
     Attributes:
@@ -64,7 +64,9 @@ class Shared:
     is_done: bool = False
 
 
-def run_agent(job: Job, launch: LaunchConfig, logs: Logs, shared: Shared, *, grace_s: float, recipe_hash: str) -> None:
+def run_agent(
+    job: Job, launch: LaunchConfig, logs: Logs, shared: AgentState, *, grace_s: float, recipe_hash: str
+) -> None:
     """Start this machine's workers on the job of `logs`, and stay until all is done or nothing can be done.
 
     Args:
@@ -105,7 +107,7 @@ class Agent(LocalElasticAgent):
         job: Job,
         launch: LaunchConfig,
         logs: Logs,
-        shared: Shared,
+        shared: AgentState,
         *,
         meeting: Meeting,
         grace_s: float,

@@ -196,6 +196,6 @@ def _answers(address: str, port: int) -> bool:
     return True
 
 
-def machine() -> str:
+def own_suffix() -> str:
     """Ends the names of this machine's files among those of others: its name, and this process."""
     return f"-{socket.gethostname().split('.')[0]}-{os.getpid()}"

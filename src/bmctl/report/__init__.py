@@ -21,7 +21,7 @@ from bmctl.report.rows import (
     ORIGINAL,
     Comparison,
     GateResult,
-    Latency,
+    LatencyRow,
     Measurements,
     Report,
     Row,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Comparison",
     "GateResult",
-    "Latency",
+    "LatencyRow",
     "Measurements",
     "Report",
     "Row",
@@ -252,7 +252,7 @@ def _with_speed(found: _Found, row: Row, timings: Mapping[str, Timing]) -> Row:
     same, onnxruntime = (f"deploy/{ORIGINAL}/{backend}" for backend in (row.backend, "onnxruntime"))
     return dataclasses.replace(
         row,
-        latency=Latency(timing.p50_ms, timing.p90_ms, timing.p99_ms, num_rounds=len(timing.samples_ms)),
+        latency=LatencyRow(timing.p50_ms, timing.p90_ms, timing.p99_ms, num_rounds=len(timing.samples_ms)),
         samples_per_s=timing.throughput,
         peak_memory_bytes=timing.peak_memory_bytes,
         speedup=None if row.is_original else _speedup(found, row.name, same, timings),

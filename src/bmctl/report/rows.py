@@ -89,7 +89,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Latency:
+class LatencyRow:
     """Of one batch of the report's batch size."""
 
     p50_ms: float
@@ -132,7 +132,7 @@ class Row:
     val: Score | None = None
     test: Score | None = None
     drop: Comparison | None = None
-    latency: Latency | None = None
+    latency: LatencyRow | None = None
     samples_per_s: float | None = None
     speedup: Comparison | None = None
     speedup_over_onnxruntime: Comparison | None = None

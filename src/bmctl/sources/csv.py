@@ -15,7 +15,7 @@ from pydantic import Field
 
 from bmctl.errors import DataError
 from bmctl.schema import Many, Strict, resolve_env
-from bmctl.sources.samples import FileSamples, Row, file_samples
+from bmctl.sources.samples import FileSamples, ListedImage, file_samples
 
 SPLITS = ("train", "val", "test")
 INPUT = "image"
@@ -53,7 +53,7 @@ def open(config: Config, *, split: str) -> FileSamples:
     lines = list(read_rows(path, wanted=("path", "label"), hint="let the first line be: path,label"))
     if not lines:
         raise DataError(f"{path}: no rows after the first line")
-    rows: list[Row] = []
+    rows: list[ListedImage] = []
     seen: dict[Path, int] = {}
     for number, fields in lines:
         where = f"{path}, line {number}"
@@ -71,7 +71,7 @@ def open(config: Config, *, split: str) -> FileSamples:
                 hint="keep one of the two: a repeated image would leak from one split into another",
             )
         seen[image] = number
-        rows.append(Row(image, _size(image, where=where), label, split=part or None))
+        rows.append(ListedImage(image, _size(image, where=where), label, split=part or None))
     return file_samples(rows, split=split, config=config, base=path.parent, class_names=config.class_names)
 
 

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from bmctl.errors import DataError
 from bmctl.schema import Strict, resolve_env
-from bmctl.sources.samples import FileSamples, Row, file_samples
+from bmctl.sources.samples import FileSamples, ListedImage, file_samples
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SPLITS = ("train", "val", "test")
@@ -57,7 +57,7 @@ def open(config: Config, *, split: str) -> FileSamples:
             hint="rename the folder, or move it away",
         )
     rows = [
-        Row(row.path, row.size_bytes, row.label, split=name)
+        ListedImage(row.path, row.size_bytes, row.label, split=name)
         for name in SPLITS
         if name in inside
         for row in _rows(root / name, base=root)
@@ -65,7 +65,7 @@ def open(config: Config, *, split: str) -> FileSamples:
     return file_samples(rows, split=split, config=config, base=root)
 
 
-def _rows(folder: Path, *, base: Path) -> list[Row]:
+def _rows(folder: Path, *, base: Path) -> list[ListedImage]:
     """Every image below the class folders of `folder`."""
     rows = []
     classes = _entries(folder)
@@ -84,7 +84,7 @@ def _rows(folder: Path, *, base: Path) -> list[Row]:
     return rows
 
 
-def _row(entry: os.DirEntry[str], *, label: str) -> Row:
+def _row(entry: os.DirEntry[str], *, label: str) -> ListedImage:
     """Refuses what is no image by its name or kind; the contents are looked at when they are decoded."""
     try:
         if not entry.is_file():
@@ -94,7 +94,7 @@ def _row(entry: os.DirEntry[str], *, label: str) -> Row:
             raise DataError(
                 f"{entry.path}: expected an image ({' '.join(SUFFIXES)})", hint="move it out of the data set"
             )
-        return Row(Path(entry.path), entry.stat().st_size, label)
+        return ListedImage(Path(entry.path), entry.stat().st_size, label)
     except OSError as error:
         raise DataError(
             f"{entry.path}: cannot be read ({error.strerror})", hint="move it out of the data set"

@@ -185,7 +185,7 @@ def _contents(path: Path) -> bytes:
 
 
 @dataclass(frozen=True)
-class Row:
+class ListedImage:
     """One image file of a list; `split` of None leaves the choice to the ratios."""
 
     path: Path
@@ -206,7 +206,7 @@ class Carving(Protocol):
 
 
 def file_samples(
-    rows: Sequence[Row], *, split: str, config: Carving, base: Path, class_names: Sequence[str] | None = None
+    rows: Sequence[ListedImage], *, split: str, config: Carving, base: Path, class_names: Sequence[str] | None = None
 ) -> FileSamples:
     """The rows of one split, as samples.
 

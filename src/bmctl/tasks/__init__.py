@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-Batch = Mapping[str, "torch.Tensor"]
+Tensors = Mapping[str, "torch.Tensor"]
 """What the model takes and what it is to give, flat, samples along the first axis."""
 
 
@@ -91,12 +91,12 @@ class Task(Protocol):
         """What a model's constructor must know, such as the number of classes."""
         ...
 
-    def loss(self, outputs: Batch, batch: Batch, *, config: Any) -> torch.Tensor: ...
-    def score(self, outputs: Batch, batch: Batch) -> torch.Tensor:
+    def loss(self, outputs: Tensors, batch: Tensors, *, config: Any) -> torch.Tensor: ...
+    def score(self, outputs: Tensors, batch: Tensors) -> torch.Tensor:
         """Per sample score on the device, for progress display."""
         ...
 
-    def distill_loss(self, student: Batch, teacher: Batch, *, temperature: float) -> torch.Tensor: ...
+    def distill_loss(self, student: Tensors, teacher: Tensors, *, temperature: float) -> torch.Tensor: ...
     def signatures(self, given: Sequence[TensorSpec], facts: Any) -> dict[str, Signature]:
         """What each graph takes and gives.
 

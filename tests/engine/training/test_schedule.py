@@ -7,7 +7,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, OneCycleLR
 
 from bmctl.engine.training.schedule import learning_rate
-from bmctl.fit import Constant, Cosine, Linear, OneCycle, Schedule, Step
+from bmctl.fit import Constant, Cosine, Linear, OneCycle, Schedule, StepDecay
 
 PEAK = 2.0
 
@@ -60,9 +60,9 @@ def test_cosine_and_linear_are_torchs_after_the_warm_up(final: float) -> None:
 
 def test_steps_are_torchs() -> None:
     expected = torchs(MultiStepLR, 60, milestones=[30, 45], gamma=0.1)
-    assert ours(Step(name="step", warmup=0.0), 60) == pytest.approx(expected, rel=1e-9)
+    assert ours(StepDecay(name="step", warmup=0.0), 60) == pytest.approx(expected, rel=1e-9)
     # A milestone of 0 is behind at the first step, one of 1 is never reached.
-    assert ours(Step(name="step", warmup=0.0, at=(0.0, 1.0), factor=0.5), 4) == [PEAK / 2] * 4
+    assert ours(StepDecay(name="step", warmup=0.0, at=(0.0, 1.0), factor=0.5), 4) == [PEAK / 2] * 4
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_steps_are_torchs() -> None:
     [
         Cosine(warmup=0.2),
         Linear(name="linear", warmup=0.2),
-        Step(name="step", warmup=0.2),
+        StepDecay(name="step", warmup=0.2),
         Constant(name="constant", warmup=0.2),
     ],
     ids=lambda schedule: schedule.name,
@@ -88,7 +88,7 @@ def test_short_trainings_have_a_rate(num_steps: int, share: float) -> None:
     for schedule in (
         Cosine(warmup=share),
         Linear(name="linear", warmup=share),
-        Step(name="step", warmup=share, at=(share,)),
+        StepDecay(name="step", warmup=share, at=(share,)),
         Constant(name="constant", warmup=share),
         OneCycle(name="one_cycle", rise=share, start=share, final=share),
         OneCycle(name="one_cycle", rise=1 / num_steps),

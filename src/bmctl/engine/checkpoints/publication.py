@@ -43,10 +43,10 @@ POINTS = (
 Every rank comes from `copied` to `part-written`; all else is rank 0's. `removing` is reached where there is one
 checkpoint too many.
 """
-Signature = tuple[tuple[str, int, int, int, int], ...]
+Stamps = tuple[tuple[str, int, int, int, int], ...]
 
 
-class Part(Strict):
+class RankShare(Strict):
     """What one process tells the first one, in a file that is not published."""
 
     index: dict[str, dict[str, Entry]]
@@ -95,13 +95,13 @@ def write_part(
             if not file.is_empty:
                 name = file_name(kind, rank)
                 records[name] = file.write(folder / name, point=kind, going_on=going_on)
-        part = Part(index=index, files=records, random=state.random, progress=state.progress)
+        part = RankShare(index=index, files=records, random=state.random, progress=state.progress)
         _write(folder / f"part-{rank}.json", part)
         reach("store:part-written")
 
 
 def publish(
-    draft: store.Draft, *, state: State, world: int, fields: Mapping[str, Any], parent: str | None
+    draft: store.Unpublished, *, state: State, world: int, fields: Mapping[str, Any], parent: str | None
 ) -> CheckpointManifest:
     """On rank 0, once all parts are written: index, state and manifest; then the checkpoint is there.
 
@@ -114,7 +114,7 @@ def publish(
     folder = draft.path
     with disk_errors(draft.target):
         reach("store:agreed")
-        parts = [Part.model_validate_json((folder / f"part-{rank}.json").read_bytes()) for rank in range(world)]
+        parts = [RankShare.model_validate_json((folder / f"part-{rank}.json").read_bytes()) for rank in range(world)]
         files = {name: record for part in parts for name, record in part.files.items()}
         files[INDEX] = _write(folder / INDEX, pieces.merge([part.index for part in parts]))
         reach("store:index-written")
@@ -135,7 +135,7 @@ def publish(
 
 
 def retain(
-    folder: Path, *, keep: int, best_step: int | None, known: dict[Path, Signature], note: Callable[[str], None]
+    folder: Path, *, keep: int, best_step: int | None, known: dict[Path, Stamps], note: Callable[[str], None]
 ) -> None:
     """Keep the best and the newest `keep` that verify; what does not verify is set aside, never deleted.
 
@@ -163,9 +163,9 @@ def retain(
         reach("store:retained")
 
 
-def remember(path: Path, known: dict[Path, Signature]) -> None:
+def remember(path: Path, known: dict[Path, Stamps]) -> None:
     """That this checkpoint verifies, as long as the file system says that nobody touched it."""
-    known[path] = _signature(path)
+    known[path] = _stamps(path)
 
 
 def parent_of(folder: Path) -> str | None:
@@ -177,15 +177,15 @@ def parent_of(folder: Path) -> str | None:
         return None
 
 
-def _verify(path: Path, known: dict[Path, Signature]) -> None:
+def _verify(path: Path, known: dict[Path, Stamps]) -> None:
     # Hashing gigabytes again at every save costs more than writing them.
-    before = _signature(path)
+    before = _stamps(path)
     if known.get(path) != before:
         checkpoint.verified(path)
         known[path] = before
 
 
-def _signature(path: Path) -> Signature:
+def _stamps(path: Path) -> Stamps:
     """Name, inode, size and times of everything in a checkpoint's directory."""
     with os.scandir(path) as found:
         infos = [(entry.name, entry.stat(follow_symlinks=False)) for entry in found]

@@ -65,7 +65,7 @@ class Saver:
         pin = group.device.type == "cuda"
         self._files = {kind: TensorFile(pin=pin) for kind in KINDS}
         self._index: dict[str, dict[str, Entry]] = {}
-        self._known: dict[Path, publication.Signature] = {}
+        self._known: dict[Path, publication.Stamps] = {}
         self._notes: list[str] = []
         self._said_late = False
         self._phase: Literal["idle", "writing", "publishing"] = "idle"
@@ -74,7 +74,7 @@ class Saver:
         self._state = State()
         self._fields: Mapping[str, Any] = {}
         self._temporary = folder
-        self._draft: store.Draft | None = None
+        self._draft: store.Unpublished | None = None
         self._thread: threading.Thread | None = None
         self._error: BmctlError | None = None
         self._abandoned = threading.Event()

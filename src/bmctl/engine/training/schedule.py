@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from bmctl.fit import Cosine, Linear, OneCycle, Schedule, Step
+from bmctl.fit import Cosine, Linear, OneCycle, Schedule, StepDecay
 
 
 def learning_rate(schedule: Schedule, *, peak: float, step: int, num_steps: int) -> float:
@@ -20,7 +20,7 @@ def learning_rate(schedule: Schedule, *, peak: float, step: int, num_steps: int)
     if isinstance(schedule, OneCycle):
         return _one_cycle(schedule, peak=peak, step=step, num_steps=num_steps)
     num_warmup = round(schedule.warmup * num_steps)
-    if isinstance(schedule, Step):
+    if isinstance(schedule, StepDecay):
         peak *= schedule.factor ** sum(step >= round(at * num_steps) for at in schedule.at)
     if step < num_warmup:
         return peak * (step + 1) / num_warmup

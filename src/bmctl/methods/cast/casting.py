@@ -27,7 +27,7 @@ def cast(onnx_path: Path, config: Config, *, example: Example, out: Path) -> Met
         )
     if precision != "fp32":
         raise UnsupportedError(f"{onnx_path.name} is {precision} already", hint="remove one of the two cast steps")
-    model = halfgraph.prepare(onnx.load(onnx_path), config.dtype)
+    model = halfgraph.raised(onnx.load(onnx_path), config.dtype)
     onnxgraph.name_nodes(model)
     keep = set(onnxgraph.match_nodes(model, config.keep, where="cast: keep"))
     largest = _check_range(model, config, example, keep=keep)

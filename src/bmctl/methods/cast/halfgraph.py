@@ -37,7 +37,7 @@ class Halved:
     clamped: tuple[str, ...]
 
 
-def prepare(model: ModelProto, dtype: str) -> ModelProto:
+def raised(model: ModelProto, dtype: str) -> ModelProto:
     """Inline local functions, and raise the operator set to one that knows the type.
 
     Raises:
@@ -63,7 +63,7 @@ def prepare(model: ModelProto, dtype: str) -> ModelProto:
 
 
 def halve(model: ModelProto, dtype: str, *, keep: Collection[str]) -> Halved:
-    """Rewrite `prepare`d fp32 graph.
+    """Rewrite `raised` fp32 graph.
 
     Args:
         dtype: ``fp16`` or ``bf16``.

@@ -38,7 +38,7 @@ TRACE_ERRORS = (
 
 
 @dataclass(frozen=True)
-class Group:
+class ChannelGroup:
     """Channels that stand or fall together over several layers.
 
     Attributes:
@@ -122,7 +122,7 @@ def dependency_graph(model: nn.Module, example: Example) -> Any:
         ) from error
 
 
-def find_groups(model: nn.Module, graph: Any, *, ignored: Sequence[nn.Module], norm: int) -> list[Group]:
+def find_groups(model: nn.Module, graph: Any, *, ignored: Sequence[nn.Module], norm: int) -> list[ChannelGroup]:
     """Every prunable group of the model, in its own order.
 
     Args:
@@ -144,7 +144,7 @@ def find_groups(model: nn.Module, graph: Any, *, ignored: Sequence[nn.Module], n
         if score is None or len(score) % blocks or len(score) == blocks:
             continue
         mean = score.detach().double().cpu().view(blocks, -1).mean(dim=0)
-        groups.append(Group(name=name, root=root, blocks=blocks, importance=mean))
+        groups.append(ChannelGroup(name=name, root=root, blocks=blocks, importance=mean))
     return groups
 
 
@@ -172,12 +172,12 @@ def _blocks(graph: Any, root: Any, heads: dict[Any, int]) -> Iterable[int]:
     yield 1
 
 
-def choose_per_group(groups: Sequence[Group], *, ratio: float) -> list[int]:
+def choose_per_group(groups: Sequence[ChannelGroup], *, ratio: float) -> list[int]:
     """How many places each group loses when each loses the same fraction."""
     return [group.num_places - round(group.num_places * (1 - ratio)) for group in groups]
 
 
-def choose_globally(groups: Sequence[Group], *, ratio: float, max_ratio: float) -> list[int]:
+def choose_globally(groups: Sequence[ChannelGroup], *, ratio: float, max_ratio: float) -> list[int]:
     """How many places each group loses when all are ranked together and no group loses more than `max_ratio`."""
     total = sum(group.num_places for group in groups)
     budget = total - round(total * (1 - ratio))
@@ -198,7 +198,7 @@ def choose_globally(groups: Sequence[Group], *, ratio: float, max_ratio: float) 
     return lost
 
 
-def rounded(group: Group, lost: int, *, round_to: int) -> int:
+def rounded(group: ChannelGroup, lost: int, *, round_to: int) -> int:
     """The same loss with what is left a multiple of `round_to` channels, at least one such multiple.
 
     Raises:
@@ -214,7 +214,7 @@ def rounded(group: Group, lost: int, *, round_to: int) -> int:
     return group.num_places - min(group.num_places, max(step, round(left / step) * step))
 
 
-def prune_group(graph: Any, group: Group, lost: int) -> int:
+def prune_group(graph: Any, group: ChannelGroup, lost: int) -> int:
     """Remove the `lost` least important places of every block; returns the number of channels removed."""
     order = torch.argsort(group.importance, stable=True)[:lost]
     indices = sorted(int(place) + block * group.num_places for place in order for block in range(group.blocks))
