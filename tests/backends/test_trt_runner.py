@@ -198,6 +198,9 @@ def test_what_says_a_shape_is_known_before_outputs_are_made(
     with EngineRunner(library, b"engine") as runner:
         assert runner._hosted == {"shape"}
         y = runner.run({"x": x, "shape": np.array([4, 3])})["y"]
+        monkeypatch.setattr(trt_runner, "DEVICE", "meta")
+        assert runner._held("shape", np.array([4, 3])).device.type == "cpu"
+        assert runner._held("x", x).device.type == "meta"
     np.testing.assert_array_equal(y, x.reshape(4, 3))
 
 

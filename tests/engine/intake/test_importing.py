@@ -33,6 +33,7 @@ from bmctl.errors import BmctlError, DataError, PackageError, RecipeError, Resou
 from bmctl.inputs.image.pixels import prepare
 from bmctl.processes.signals import Stop
 from bmctl.recipe import Recipe
+from bmctl.restore import load_model
 
 TINY = "torchvision:squeezenet1_1"
 
@@ -96,7 +97,7 @@ def test_real_weights_by_position(shared_data: Path, make_context: Callable[...,
     assert log[0] == "in the file\tin the model\tshape"
     assert log[1] == "_conv_stem.weight\tconv_stem.weight\t[32, 3, 3, 3]" or log[1].endswith("[32, 3, 3, 3]")
     assert len(log) > 290
-    model = package.load_model(package.open_package(found.path))
+    model = load_model(package.open_package(found.path))
     animals = shared_data / "vision" / "tuxpaint160" / "animals"
     photos = {"pink_flamingo": "flamingo", "peacock": "peacock", "hen": "hen", "rooster": "cock"}
     pixels = [decode(animals / f"animals_birds_{name}.jpg") for name in photos]
@@ -139,7 +140,7 @@ def test_state_dicts_as_people_save_them(
     context = make_context(**WITH_DATA)
     found = import_stage(context, str(path), model="bmctl:rescnn", match=match)
     assert note in context.emit.text  # type: ignore[attr-defined]
-    again = package.load_model(found)
+    again = load_model(found)
     for key, tensor in model.state_dict().items():
         wanted = tensor.bfloat16().float() if note.startswith("widened") and tensor.is_floating_point() else tensor
         assert torch.equal(again.state_dict()[key], wanted), key
@@ -635,7 +636,7 @@ def test_a_published_transformers_model(
     # Once imported, the package needs neither the hub nor the cache.
     asked.clear()
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("something reached for the network"))
-    again = package.load_model(package.find_package(tmp_path / "a"))
+    again = load_model(package.find_package(tmp_path / "a"))
     assert total_of(again.state_dict()) == pytest.approx(found["total"], rel=1e-12)
     assert asked == []
 

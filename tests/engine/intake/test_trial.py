@@ -35,6 +35,17 @@ def test_an_axis_that_works_at_one_size_is_fixed(settled: Callable[..., Settled]
     assert "'width' is called free, and the graph takes it at 6 only" in " ".join(found.notes)
 
 
+def test_one_other_size_does_not_make_an_axis_free(tmp_path: Path) -> None:
+    """Steps of two: 39 and 40 samples of sound both give the 20 frames that positions are added to."""
+    text = """g (float[batch,1,frames] x) => (float[batch,1,20] y) {
+        c = Conv<kernel_shape=[3], strides=[2], pads=[1,1]>(x, k)
+        y = Add(c, places)
+    }"""
+    handmade.save(tmp_path / "g.onnx", text, k=handmade.normal(1, 1, 3), places=handmade.normal(20))
+    found = settle(tmp_path / "g.onnx")
+    assert shapes(found)["x"] == ("batch", 1, 40)
+
+
 def test_axes_that_must_be_equal_get_one_name(settled: Callable[..., Settled]) -> None:
     found = settled(handmade.tied_axes)
     assert shapes(found) == {"x": ("batch", "a", 4), "z": ("batch", "a", 4), "y": ("batch", "a", 3)}
