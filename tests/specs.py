@@ -1,11 +1,14 @@
-"""Models as a recipe's data would have them built."""
+"""Models as a recipe's data would have them built, and what manifests say of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from bmctl.inputs import image
 from bmctl.models import ModelSpec
 from bmctl.schema import BATCH, TensorSpec
+from bmctl.tasks import classify
 
 TEXT = (
     TensorSpec(name="input_ids", dtype="int64", shape=(BATCH, "tokens")),
@@ -22,7 +25,7 @@ def image_spec(
     size: tuple[int, int] = (28, 28),
 ) -> ModelSpec:
     """A model of images."""
-    given = (TensorSpec(name="input", dtype="float32", shape=(BATCH, channels, *size)),)
+    given = image.specs(image.Spec(size=size, channels=channels, mean=(0.5,) * channels, std=(0.5,) * channels))
     fields = {"name": name, "args": dict(args or {}), "given": given, "told": {"num_classes": num_classes}}
     return ModelSpec.model_validate(fields)
 
@@ -39,3 +42,15 @@ def text_spec(
     """A model of texts."""
     told = {"num_classes": num_classes, "vocab_size": vocab_size, "max_tokens": max_tokens, "pad_id": pad_id}
     return ModelSpec.model_validate({"name": name, "args": dict(args or {}), "given": TEXT, "told": told})
+
+
+def classifier(spec: ModelSpec, *, class_names: Sequence[str] | None = None) -> dict[str, Any]:
+    """What the manifest of a classifier says of it; classes are called by their numbers where nothing else is said."""
+    names = tuple(class_names) if class_names else tuple(str(i) for i in range(spec.told["num_classes"]))
+    facts = classify.Facts(class_names=names)
+    return {
+        "model": spec,
+        "parts": classify.signatures(spec.given, facts),
+        "task": classify.Config().model_dump(mode="json"),
+        "facts": facts.model_dump(mode="json"),
+    }

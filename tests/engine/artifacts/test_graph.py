@@ -9,26 +9,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from tests.engine.exporting import export
 from torch import nn
 
 from bmctl.engine.artifacts import graph
 from bmctl.errors import GateError, UnsupportedError
 from bmctl.models.own.networks import ResCNN
 from bmctl.schema import Signature, Span, TensorSpec
-
-
-def signature(*shape: int | str, name: str = "input", outputs: tuple[str, ...] = ("logits",)) -> Signature:
-    """One float32 input; outputs of which only the samples are known."""
-    return Signature(
-        inputs=(TensorSpec(name=name, dtype="float32", shape=("batch", *shape)),),
-        outputs=tuple(TensorSpec(name=each, dtype="float32", shape=("batch", "n")) for each in outputs),
-    )
-
-
-def export(model: nn.Module, example: torch.Tensor, out: Path, **names: str) -> tuple[str, ...]:
-    """A model of one input and one output."""
-    told = signature(*example.shape[1:], name=names.get("input", "input"), outputs=(names.get("output", "logits"),))
-    return graph.export_onnx(model, signature=told, example={told.inputs[0].name: example.numpy()}, out=out)
 
 
 def network() -> nn.Module:

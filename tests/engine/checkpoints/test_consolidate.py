@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.engine.intake.test_importing import WITH_DATA, Events, make_context, message_of, rescnn  # noqa: F401  (a fixture)
 from tests.engine.ranks import on_ranks
+from tests.specs import classifier, image_spec
 from torch.distributed.fsdp import fully_shard
 
 from bmctl import package, pipeline
@@ -22,15 +23,14 @@ from bmctl.errors import PackageError, UsageError
 from bmctl.inputs.image import Spec
 from bmctl.methods import METHODS, MethodContext
 from bmctl.recipe import Recipe, recipe_yaml
+from bmctl.restore import load_model
 from bmctl.session import Options
 
 NAMES = tuple(f"kind {number}" for number in range(10))
 RECIPE = {"name": "small", "model": {"name": "bmctl:rescnn"}, **WITH_DATA}
 ABOUT = About(
-    model=image_spec("bmctl:rescnn"),
-    preprocess=Spec(size=(28, 28), channels=1, mean=(0.5,), std=(0.5,)),
-    class_names=NAMES,
-    task={"kind": "classify"},
+    **classifier(image_spec("bmctl:rescnn"), class_names=NAMES),
+    input=Spec(size=(28, 28), channels=1, mean=(0.5,), std=(0.5,)),
     data_fingerprint="d",
     recipe=Recipe.model_validate(RECIPE).model_dump(mode="json"),
 )
@@ -54,7 +54,7 @@ def save(run: Path, *, group: Group = ALONE, best_step: int | None = None, about
 
 
 def weights(found: package.ModelPackage) -> dict[str, torch.Tensor]:
-    return dict(package.load_model(found).state_dict())
+    return dict(load_model(found).state_dict())
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -79,9 +79,8 @@ def test_which_weights(tmp_path: Path, make_context, given, best_step, factor, s
     assert "step 7 of 9" in context.emit.text
     assert says in context.emit.text
     manifest = package.open_package(found.path).manifest
-    assert manifest.class_names == NAMES
-    assert (manifest.task, manifest.data_fingerprint) == (ABOUT.task, "d")
-    assert manifest.preprocess == ABOUT.preprocess
+    assert (manifest.task, manifest.facts, manifest.data_fingerprint) == (ABOUT.task, ABOUT.facts, "d")
+    assert (manifest.parts, manifest.input) == (ABOUT.parts, ABOUT.input)
     assert "val" not in manifest.metrics
     assert "bmctl:rescnn" in (found.path / "recipe.yaml").read_text()  # so that it can be compressed and evaluated
 
@@ -106,7 +105,8 @@ def test_it_is_evaluated_on_the_recipes_data(tmp_path: Path, make_context) -> No
     context = make_context(**{key: RECIPE[key] for key in ("model", "data", "task")})
     found = import_stage(context, str(save(tmp_path)))
     assert found.manifest.metrics["val"]["num_samples"] == 100
-    assert found.manifest.class_names != NAMES  # the data's own count
+    assert found.manifest.facts is not None
+    assert found.manifest.facts["class_names"] != list(NAMES)  # the data's own count
     again = import_stage(context, str(tmp_path / "checkpoints" / "train" / "latest"))
     assert again.hash == found.hash
 
@@ -114,7 +114,7 @@ def test_it_is_evaluated_on_the_recipes_data(tmp_path: Path, make_context) -> No
 def test_a_pruned_model_keeps_its_structure(tmp_path: Path, make_context) -> None:  # noqa: F811
     model, method = rescnn(), METHODS["svd"]
     config = method.Config.model_validate({"method": "svd", "ratio": 0.5})
-    meta = method.apply(model, config, MethodContext(torch.zeros(2, 1, 28, 28), lambda: iter(()), {}))
+    meta = method.apply(model, config, MethodContext({"input": torch.zeros(2, 1, 28, 28)}, lambda: iter(()), {}))
     step = {"step": config.model_dump(mode="json"), "meta": meta}
     about = ABOUT.to_json() | {"history": [step]}
     found = import_stage(make_context(), str(save(tmp_path, model=dict(model.state_dict()), about=about)))
@@ -145,7 +145,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({}, "does not say of which model"),
         ({**ABOUT.to_json(), "more": 1}, "about.more"),
-        ({"class_names": []}, "about.model"),
+        ({"facts": {}}, "about.model"),
         (
             {**ABOUT.to_json(), "model": {**ABOUT.model.model_dump(mode="json"), "name": "os:system"}},
             "about.model|built",
@@ -154,8 +154,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             {**ABOUT.to_json(), "model": {**ABOUT.model.model_dump(mode="json"), "told": {"num_classes": 11}}},
             "does not fit",
         ),
-        ({**ABOUT.to_json(), "history": [{"step": {"method": "none"}, "meta": {}}]}, "cannot be built"),
-        ({**ABOUT.to_json(), "history": [{"step": {"method": "ptq"}, "meta": {}}]}, "cannot be built"),
+        ({**ABOUT.to_json(), "history": [{"step": {"method": "none"}, "meta": {}}]}, "no module can go through"),
+        ({**ABOUT.to_json(), "history": [{"step": {"method": "ptq"}, "meta": {}}]}, "no module can go through"),
         ({**ABOUT.to_json(), "recipe": {"name": 1}}, "recipe"),
     ],
 )

@@ -10,10 +10,10 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from tests.engine.exporting import export
 from torch import nn
 
 from bmctl.core import memory
-from bmctl.engine.artifacts.graph import export_onnx
 from bmctl.engine.evaluation import measure
 
 
@@ -51,13 +51,13 @@ def test_parameters_are_counted_once_and_zeros_apart() -> None:
 
 def test_macs_are_of_one_sample_whatever_the_batch() -> None:
     model = conv_net()
-    assert measure.macs(model, torch.randn(5, 3, 8, 8)) == CONV_MACS
-    assert measure.macs(model.train(), torch.randn(1, 3, 8, 8)) == CONV_MACS
+    assert measure.macs(model, [torch.randn(5, 3, 8, 8)]) == CONV_MACS
+    assert measure.macs(model.train(), [torch.randn(1, 3, 8, 8)]) == CONV_MACS
     assert model.training
 
 
 def test_macs_count_fused_attention() -> None:
-    assert measure.macs(Attention().eval(), torch.randn(2, 12, 16)) == 12 * 16 * 48 + 2 * 12 * 12 * 16
+    assert measure.macs(Attention().eval(), [torch.randn(2, 12, 16)]) == 12 * 16 * 48 + 2 * 12 * 12 * 16
 
 
 def test_a_graph_counts_as_its_module(tmp_path: Path) -> None:
@@ -66,9 +66,9 @@ def test_a_graph_counts_as_its_module(tmp_path: Path) -> None:
         (Attention().eval(), (2, 12, 16), 12 * 16 * 48 + 2 * 12 * 12 * 16),
     ):
         path = tmp_path / "model.onnx"
-        export_onnx(model, example=torch.randn(shape), out=path)
+        export(model, torch.randn(shape), path)
         assert measure.graph_macs(path) == macs
-    export_onnx(conv_net(), example=torch.randn(2, 3, 8, 8), out=path)
+    export(conv_net(), torch.randn(2, 3, 8, 8), path)
     assert measure.graph_num_params(path) == CONV_PARAMS
     assert measure.size_bytes(path) == path.stat().st_size
 

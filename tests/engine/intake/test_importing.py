@@ -386,15 +386,18 @@ def test_an_onnx_file_becomes_a_frozen_package(tmp_path: Path, make_context: Cal
     manifest = found.manifest
     assert manifest.frozen
     assert manifest.model is None
-    assert found.graph.read_bytes() == (tmp_path / "m.onnx").read_bytes()
-    assert [(spec.name, spec.shape, spec.dtype) for spec in manifest.inputs] == [("x", (None, 1, 28, 28), "float32")]
-    assert [(spec.name, spec.shape) for spec in manifest.outputs] == [("y", (None, 10))]
-    assert manifest.class_names == tuple(f"class_{k}" for k in range(10))
+    assert found.graphs[package.PART].read_bytes() == (tmp_path / "m.onnx").read_bytes()
+    signature = manifest.parts[package.PART]
+    assert [(spec.name, spec.shape, spec.dtype) for spec in signature.inputs] == [
+        ("x", ("batch", 1, 28, 28), "float32")
+    ]
+    assert [(spec.name, spec.shape, spec.role) for spec in signature.outputs] == [("y", ("batch", 10), "scores")]
+    assert manifest.facts is None
     assert manifest.task is None
     assert "the graph's batch is free" in manifest.notes
     assert any("only parity, latency and size" in note for note in manifest.notes)
     with pytest.raises(UnsupportedError):
-        package.load_model(found)
+        load_model(found)
     again = make_context()
     assert import_stage(again, str(tmp_path / "m.onnx")).hash == found.hash
 
@@ -402,7 +405,7 @@ def test_an_onnx_file_becomes_a_frozen_package(tmp_path: Path, make_context: Cal
 def test_a_fixed_batch_is_recorded(tmp_path: Path, make_context: Callable[..., StageContext]) -> None:
     write_graph(tmp_path / "m.onnx", batch=3)
     manifest = import_stage(make_context(**WITH_DATA), str(tmp_path / "m.onnx")).manifest
-    assert manifest.inputs[0].shape == (3, 1, 28, 28)
+    assert manifest.parts[package.PART].inputs[0].shape == (3, 1, 28, 28)
     assert "the graph's batch is fixed (x: 3)" in manifest.notes
     assert manifest.metrics["val"]["num_samples"] == 100
 
@@ -411,24 +414,29 @@ def test_external_data_comes_along(tmp_path: Path, make_context: Callable[..., S
     (tmp_path / "here").mkdir()
     write_graph(tmp_path / "here" / "m.onnx", external=True)
     found = package.open_package(import_stage(make_context(), str(tmp_path / "here" / "m.onnx")).path)
-    assert (found.path / "weights.bin").read_bytes() == (tmp_path / "here" / "weights.bin").read_bytes()
-    assert set(found.manifest.files) == {"model.onnx", "weights.bin", "recipe.yaml"}
-    onnx.checker.check_model(str(found.graph))
+    assert (found.graphs[package.PART].parent / "weights.bin").read_bytes() == (
+        tmp_path / "here" / "weights.bin"
+    ).read_bytes()
+    onnx.checker.check_model(str(found.graphs[package.PART]))
 
 
 def test_an_onnx_file_is_evaluated_on_data(tmp_path: Path, make_context: Callable[..., StageContext]) -> None:
     write_graph(tmp_path / "m.onnx", size=("h", "w"))
     manifest = import_stage(make_context(**WITH_DATA), str(tmp_path / "m.onnx")).manifest
-    assert manifest.preprocess is not None
-    assert tuple(manifest.preprocess.size) == (28, 28)
+    assert manifest.input is not None
+    assert tuple(manifest.input.size) == (28, 28)
     assert manifest.metrics["val"]["metric"] == "accuracy"
     assert manifest.data_fingerprint
-    assert not manifest.class_names[0].startswith("class_")
+    assert manifest.facts is not None
+    assert not manifest.facts["class_names"][0].startswith("class_")
 
 
 @pytest.mark.parametrize(
     ("graph", "pattern"),
-    [({"num_classes": 7}, "7 classes apart"), ({"channels": 2}, "does not take one float32")],
+    [
+        ({"num_classes": 7}, r"gives 'y' float32 \[batch, 7\]; .* needs .* \[batch, 10\]"),
+        ({"channels": 2}, r"takes 'x' float32 \[batch, 2, 28, 28\]; .* gives .* \[batch, 1, 28, 28\]"),
+    ],
 )
 def test_an_onnx_file_that_does_not_fit_the_data(
     tmp_path: Path, make_context: Callable[..., StageContext], graph: dict[str, Any], pattern: str
@@ -443,10 +451,10 @@ def test_an_onnx_file_at_another_size_than_the_recipe(
 ) -> None:
     write_graph(tmp_path / "m.onnx", size=(32, 32))
     manifest = import_stage(make_context("a", **WITH_DATA), str(tmp_path / "m.onnx")).manifest
-    assert manifest.preprocess is not None
-    assert tuple(manifest.preprocess.size) == (32, 32)
+    assert manifest.input is not None
+    assert tuple(manifest.input.size) == (32, 32)
     data = {**DATA, "input": {"size": 28}}
-    with pytest.raises(DataError, match=r"takes \[C, H, W\] = \[1, 32, 32\]; .* makes \[1, 28, 28\]"):
+    with pytest.raises(DataError, match=r"takes 'x' float32 \[batch, 1, 32, 32\]; .* gives .*1, 28, 28\]"):
         import_stage(make_context("b", **{**WITH_DATA, "data": data}), str(tmp_path / "m.onnx"))
 
 

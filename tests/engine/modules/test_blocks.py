@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bmctl.engine.modules.blocks import find_blocks
-from bmctl.models.own.networks import MLP, Logits, ResCNN
+from bmctl.models.own.networks import MLP, ImageLogits, ResCNN
 
 
 def kinds(blocks: dict[str, nn.Module]) -> dict[str, int]:
@@ -68,7 +68,7 @@ def test_transformers(name, expected, first) -> None:
 
     with torch.device("meta"):
         config = transformers.AutoConfig.for_model(name)
-        found = find_blocks(Logits(transformers.AutoModelForImageClassification.from_config(config)))
+        found = find_blocks(ImageLogits(transformers.AutoModelForImageClassification.from_config(config)))
     assert kinds(found) == expected
     assert next(iter(found)) == first
 

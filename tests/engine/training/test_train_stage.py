@@ -12,8 +12,8 @@ from bmctl.engine.loading.arrays import array_batches
 from bmctl.engine.loading.data import Data, open_split
 from bmctl.engine.training.train_stage import train_stage
 from bmctl.errors import RecipeError, UsageError
-from bmctl.inputs import Resolved
-from bmctl.package import find_package, load_model
+from bmctl.package import find_package
+from bmctl.restore import load_model
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +27,13 @@ def test_the_package_is_worth_what_it_says(folder: Path) -> None:
     recipe, package = make_recipe(folder, "train.epochs=2"), find_package(folder / "run")
     manifest = package.manifest
     assert package.path.name == "00-train"
-    assert (manifest.parent, manifest.frozen, len(manifest.class_names)) == (None, False, 10)
+    assert (manifest.parent, manifest.frozen, len(manifest.facts["class_names"])) == (None, False, 10)
     assert manifest.model.name == "bmctl:mlp"
     assert manifest.metrics["num_params"] == 784 * 512 + 512 + 512 * 256 + 256 + 256 * 10 + 10
     assert manifest.metrics["size_bytes"] == package.weights.stat().st_size
     model = load_model(package)
-    split = open_split(Data(recipe), name="val", given=Resolved(manifest.preprocess))
+    assert package.given is not None
+    split = open_split(Data(recipe), name="val", given=package.given)
     hits = [
         (model(torch.from_numpy(batch["input"])).argmax(1).numpy() == batch["label"]).sum()
         for batch in array_batches(split, batch_size=50)
