@@ -62,12 +62,14 @@ def test_named_columns_and_classes(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_follows_texts_and_labels(tmp_path: Path) -> None:
-    prints = {table.open(config(write(tmp_path / "a.tsv")), split="train").fingerprint}
-    prints.add(table.open(config(write(tmp_path / "b.tsv")), split="train").fingerprint)
-    assert len(prints) == 1
-    for rows in ([("other", "a"), *ROWS[1:]], [(ROWS[0][0], "b"), *ROWS[1:]]):
-        prints.add(table.open(config(write(tmp_path / "a.tsv", rows), val=0.01, test=0.01), split="train").fingerprint)
-    assert len(prints) == 3
+    others = {f"{name}_path": str(write(tmp_path / f"{name}.tsv", ROWS[:3])) for name in ("val", "test")}
+
+    def fingerprint(rows: list[tuple[str, str]], name: str) -> str:
+        return table.open(config(write(tmp_path / name, rows), **others), split="train").fingerprint
+
+    assert fingerprint(ROWS, "a.tsv") == fingerprint(ROWS, "b.tsv")
+    changed = [("other", "a"), *ROWS[1:]], [(ROWS[0][0], "b"), *ROWS[1:]], [("text", "a"), ("number 0", "a"), *ROWS[1:]]
+    assert len({fingerprint(rows, "a.tsv") for rows in (ROWS, *changed)}) == 4
 
 
 @pytest.mark.parametrize(
