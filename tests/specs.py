@@ -1,11 +1,14 @@
-"""Models as a recipe's data would have them built."""
+"""Models as a recipe's data would have them built, and what packages say of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from bmctl.models import ModelSpec
-from bmctl.schema import BATCH, TensorSpec
+from bmctl.package import Manifest
+from bmctl.schema import BATCH, Signature, TensorSpec
+from bmctl.tasks import classify
 
 TEXT = (
     TensorSpec(name="input_ids", dtype="int64", shape=(BATCH, "tokens")),
@@ -39,3 +42,15 @@ def text_spec(
     """A model of texts."""
     told = {"num_classes": num_classes, "vocab_size": vocab_size, "max_tokens": max_tokens, "pad_id": pad_id}
     return ModelSpec.model_validate({"name": name, "args": dict(args or {}), "given": TEXT, "told": told})
+
+
+def parts_of(spec: ModelSpec) -> dict[str, Signature]:
+    """The one graph of a classifier."""
+    names = tuple(f"class {i}" for i in range(spec.told["num_classes"]))
+    return classify.signatures(spec.given, classify.Facts(class_names=names))
+
+
+def manifest_of(spec: ModelSpec | None, **fields: Any) -> Manifest:
+    """Of a package of a classifier, or of a graph that nobody can build again."""
+    parts = parts_of(spec or image_spec("bmctl:mlp"))
+    return Manifest.model_validate({"stage": "train", "key": "k", "model": spec, "parts": parts, **fields})
