@@ -1,4 +1,4 @@
-"""Models as a recipe's data would have them built, and what manifests say of them."""
+"""Models as a recipe's data would have them built, and what packages say of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 from bmctl.inputs import image
 from bmctl.models import ModelSpec
-from bmctl.schema import BATCH, TensorSpec
+from bmctl.package import Manifest
+from bmctl.schema import BATCH, Signature, TensorSpec
 from bmctl.tasks import classify
 
 TEXT = (
@@ -54,3 +55,15 @@ def classifier(spec: ModelSpec, *, class_names: Sequence[str] | None = None) -> 
         "task": classify.Config().model_dump(mode="json"),
         "facts": facts.model_dump(mode="json"),
     }
+
+
+def parts_of(spec: ModelSpec) -> dict[str, Signature]:
+    """The one graph of a classifier."""
+    names = tuple(f"class {i}" for i in range(spec.told["num_classes"]))
+    return classify.signatures(spec.given, classify.Facts(class_names=names))
+
+
+def manifest_of(spec: ModelSpec | None, **fields: Any) -> Manifest:
+    """Of a package of a classifier, or of a graph that nobody can build again."""
+    parts = parts_of(spec or image_spec("bmctl:mlp"))
+    return Manifest.model_validate({"stage": "train", "key": "k", "model": spec, "parts": parts, **fields})

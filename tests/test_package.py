@@ -16,16 +16,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.specs import image_spec
+from tests.methods.conftest import context_of
+from tests.specs import image_spec, manifest_of, parts_of
 from torch import nn
 
 from bmctl import __version__, models, package, store, weights
 from bmctl.errors import BmctlError, DivergedError, PackageError, ResourceError, UnsupportedError
+from bmctl.inputs import Resolved
 from bmctl.inputs.image import Spec
-from bmctl.methods import MethodContext, magnitude, structured, svd
+from bmctl.methods import magnitude, structured, svd
 from bmctl.models import ModelSpec
-from bmctl.package import Manifest, ModelPackage, Structure
-from bmctl.schema import TensorSpec
+from bmctl.package import GraphFile, Manifest, ModelPackage, Structure
+from bmctl.restore import load_model
+from bmctl.schema import Span
 
 RECIPE = "name: test\n"
 SPECS = {
@@ -34,10 +37,6 @@ SPECS = {
     "resnet18": image_spec("torchvision:resnet18", num_classes=7, channels=3, size=(64, 64)),
     "vit": image_spec("timm:vit_tiny_patch16_224", num_classes=5, channels=1, size=(32, 48)),
 }
-
-
-def manifest_of(spec: ModelSpec | None, **fields: Any) -> Manifest:
-    return Manifest(stage="train", key="k", model=spec, **fields)
 
 
 def lived_in(spec: ModelSpec) -> nn.Module:
@@ -74,7 +73,7 @@ def test_a_model_comes_back_bit_for_bit(tmp_path: Path, name: str) -> None:
     spec = SPECS[name]
     model = lived_in(spec)
     written = package.save_package(tmp_path / "p", manifest=manifest_of(spec), recipe_yaml=RECIPE, model=model)
-    again = package.load_model(package.open_package(tmp_path / "p"))
+    again = load_model(package.open_package(tmp_path / "p"))
     assert not again.training
     old, new = model.state_dict(), again.state_dict()
     assert list(old) == list(new)
@@ -107,7 +106,7 @@ def test_channels_last_and_views_are_stored_plainly(tmp_path: Path) -> None:
     model.head.weight = nn.Parameter(big[5:15])
     written = package.save_package(tmp_path / "p", manifest=manifest_of(spec), recipe_yaml=RECIPE, model=model)
     assert written.weights.stat().st_size < 1_400_000
-    again = package.load_model(written)
+    again = load_model(written)
     assert torch.equal(again.head.weight, big[5:15])
     assert torch.equal(again.stem[0].weight, model.stem[0].weight)
 
@@ -117,7 +116,6 @@ def test_a_compressed_model_comes_back_bit_for_bit(tmp_path: Path, chain: list[s
     spec = SPECS["rescnn"]
     model = lived_in(spec)
     x = torch.randn(2, 1, 28, 28)
-    context = MethodContext(example=x, calibration=lambda: iter(()), calibration_record={})
     configs = {
         "magnitude": (magnitude, magnitude.Config(sparsity=0.5)),
         "structured": (structured, structured.Config(ratio=0.5)),
@@ -126,12 +124,12 @@ def test_a_compressed_model_comes_back_bit_for_bit(tmp_path: Path, chain: list[s
     history = []
     for name in chain:
         method, config = configs[name]
-        meta = method.apply(model, config, context)
+        meta = method.apply(model, config, context_of(x))
         history.append(Structure(step=config.model_dump(mode="json"), meta=meta))
     model.eval()
     manifest = manifest_of(spec, history=tuple(history))
     package.save_package(tmp_path / "p", manifest=manifest, recipe_yaml=RECIPE, model=model)
-    again = package.load_model(package.open_package(tmp_path / "p"))
+    again = load_model(package.open_package(tmp_path / "p"))
     with torch.inference_mode():
         assert torch.equal(model(x), again(x))
     assert {name: tuple(t.shape) for name, t in model.state_dict().items()} == {
@@ -180,29 +178,32 @@ def test_every_field_comes_back(tmp_path: Path) -> None:
         spec,
         parent="a" * 64,
         original="b" * 64,
-        inputs=(TensorSpec(name="input", shape=("batch", 1, 28, 28), dtype="float32", meaning="image"),),
-        preprocess=Spec(size=(28, 28), channels=1, mean=(0.1 + 0.2,), std=(1 / 3,), crop=0.875),
-        class_names=("a", "ü\n"),
+        axes={"tokens": Span(min=0, opt=3, max=9)},
+        input=Spec(size=(28, 28), channels=1, mean=(0.1 + 0.2,), std=(1 / 3,), crop=0.875),
         task={"kind": "classify"},
+        facts={"kind": "classify", "class_names": ["a", "ü\n"]},
         metrics={"val": {"value": 0.1 + 0.2, "low": 1e-300}},
         calibration={"split": "train"},
         notes=("one",),
     )
-    package.save_package(tmp_path / "p", manifest=manifest, recipe_yaml=RECIPE, model=lived_in(spec))
-    found = package.open_package(tmp_path / "p").manifest
+    files = {"tokenizer.json": b"{}", "tables/colour.json": b'["red"]'}
+    package.save_package(tmp_path / "p", manifest=manifest, recipe_yaml=RECIPE, model=lived_in(spec), files=files)
+    again = package.open_package(tmp_path / "p")
+    found = again.manifest
     filled_in = {"versions", "files", "metrics"}
     assert found.model_dump(exclude=filled_in) == manifest.model_dump(exclude=filled_in)
     assert found.metrics["val"] == manifest.metrics["val"]
     assert found.bmctl == __version__
     assert found.versions["torch"] == torch.__version__.partition("+")[0]
     assert (tmp_path / "p" / "recipe.yaml").read_text() == RECIPE
+    assert again.given == Resolved(manifest.input, files)
 
 
 def test_a_derived_manifest_knows_where_it_comes_from(saved: ModelPackage, tmp_path: Path) -> None:
     step = Structure(step={"method": "magnitude"}, meta={})
     first = package.derive(saved, stage="magnitude", key="k1", structure=step, metrics={"num_params": 3})
     assert (first.parent, first.original) == (saved.hash, saved.hash)
-    model = package.load_model(saved)
+    model = load_model(saved)
     second = package.save_package(tmp_path / "p1", manifest=first, recipe_yaml=RECIPE, model=model)
     third = package.derive(second, stage="magnitude", key="k2", structure=step, metrics={})
     assert (third.parent, third.original) == (second.hash, saved.hash)
@@ -217,7 +218,7 @@ def test_a_run_means_its_newest_package(saved: ModelPackage) -> None:
     run = saved.path.parents[1]
     assert package.find_package(run).path == saved.path
     assert package.find_package(str(saved.path)).path == saved.path
-    model = package.load_model(saved)
+    model = load_model(saved)
     for name in ("02-svd", "10-ptq", "9-odd"):
         manifest = saved.manifest.model_copy(update={"stage": name})
         package.save_package(run / "packages" / name, manifest=manifest, recipe_yaml=RECIPE, model=model)
@@ -263,7 +264,7 @@ def test_a_package_is_adopted_by_another_run(saved: ModelPackage, tmp_path: Path
     package.open_package(copy.path)
     assert package.adopt(saved, into=other).path == copy.path
     third = package.save_package(
-        tmp_path / "third", manifest=manifest_of(SPECS["mlp"]), recipe_yaml="other", model=package.load_model(saved)
+        tmp_path / "third", manifest=manifest_of(SPECS["mlp"]), recipe_yaml="other", model=load_model(saved)
     )
     with pytest.raises(ResourceError, match="starts with another package"):
         package.adopt(third, into=other)
@@ -272,29 +273,57 @@ def test_a_package_is_adopted_by_another_run(saved: ModelPackage, tmp_path: Path
 # -- frozen packages --------------------------------------------------------------------------------
 
 
-def test_a_frozen_package_is_its_graph(tmp_path: Path) -> None:
-    graph = tmp_path / "some.onnx"
-    graph.write_bytes(b"graph")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "w.bin").write_bytes(b"weights")
-    manifest = manifest_of(SPECS["mlp"], parent="c" * 64)
-    written = package.save_package(
-        tmp_path / "p", manifest=manifest, recipe_yaml=RECIPE, graph=graph, graph_data=["data/w.bin"]
-    )
+def graph_file(folder: Path, *, data: str) -> GraphFile:
+    """An ONNX file with a data file beside it, as far as packages are concerned."""
+    (folder / data).parent.mkdir(parents=True)
+    (folder / data).write_bytes(b"weights")
+    (folder / "some.onnx").write_bytes(folder.name.encode())
+    return GraphFile(folder / "some.onnx", data=[data])
+
+
+def two_parts(*names: str) -> Manifest:
+    (part,) = parts_of(SPECS["mlp"]).values()
+    return manifest_of(SPECS["mlp"], parent="c" * 64, parts=dict.fromkeys(names, part))
+
+
+def test_a_frozen_package_is_its_graphs(tmp_path: Path) -> None:
+    manifest = two_parts("encoder", "decoder")
+    graphs = {part: graph_file(tmp_path / part, data=f"data/{part}.bin") for part in manifest.parts}
+    written = package.save_package(tmp_path / "p", manifest=manifest, recipe_yaml=RECIPE, graphs=graphs)
     found = package.open_package(tmp_path / "p")
     assert found.manifest.frozen
-    assert found.graph.read_bytes() == b"graph"
-    assert (found.path / "data" / "w.bin").read_bytes() == b"weights"
+    assert {part: path.read_bytes() for part, path in found.graphs.items()} == {
+        "encoder": b"encoder",
+        "decoder": b"decoder",
+    }
+    assert all((found.graphs[part].parent / "data" / f"{part}.bin").read_bytes() == b"weights" for part in graphs)
     assert written.hash == found.hash
+    assert found.manifest.metrics["size_bytes"] == 2 * len(b"encoderweights")
     with pytest.raises(UnsupportedError, match="frozen") as caught:
-        package.load_model(found)
+        load_model(found)
     assert caught.value.exit_code == 11
     assert "cccccccccccc" in caught.value.hint
     assert "its parent" in caught.value.hint
 
 
-def test_a_package_is_a_model_or_a_graph(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a model or a graph"):
+def test_data_files_of_two_parts_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    manifest = two_parts("encoder", "decoder")
+    graphs = {part: graph_file(tmp_path / part, data="data/w.bin") for part in manifest.parts}
+    with pytest.raises(ResourceError, match=r"two parts of the package have a data file named data/w\.bin"):
+        package.save_package(tmp_path / "p", manifest=manifest, recipe_yaml=RECIPE, graphs=graphs)
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_graph_that_was_lost_is_missed(tmp_path: Path) -> None:
+    manifest = two_parts("encoder", "decoder")
+    graphs = {"encoder": graph_file(tmp_path / "encoder", data="data/w.bin")}
+    package.save_package(tmp_path / "p", manifest=manifest, recipe_yaml=RECIPE, graphs=graphs)
+    with pytest.raises(PackageError, match=r"does not record graphs/decoder\.onnx"):
+        package.open_package(tmp_path / "p")
+
+
+def test_a_package_is_a_model_or_graphs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a model or graphs"):
         package.save_package(tmp_path / "p", manifest=manifest_of(None), recipe_yaml=RECIPE)
     assert list(tmp_path.iterdir()) == []
 
@@ -345,11 +374,16 @@ def test_an_extra_file_is_refused(saved: ModelPackage) -> None:
 
 
 EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "newer": (lambda m: m.update(format=2), "made by a newer bmctl"),
+    "newer": (lambda m: m.update(format=3), "has format 3, made by a newer bmctl; this one reads format 2"),
+    "older": (
+        lambda m: m.update(format=1, surprise=1),
+        "has format 1, made by an older bmctl; this one reads format 2",
+    ),
     "unknown key": (lambda m: m.update(surprise=1), "surprise"),
     "wrong type": (lambda m: m.update(notes="x"), "notes"),
     "no model": (lambda m: m.update(model=None), "does not say of which model"),
-    "frozen": (lambda m: m.update(frozen=True), r"does not record model\.onnx"),
+    "no parts": (lambda m: m.update(parts={}), "names no part"),
+    "frozen": (lambda m: m.update(frozen=True), r"does not record graphs/model\.onnx"),
     "unknown model": (lambda m: m["model"].update(name="bmctl:nothing"), "no model 'bmctl:nothing'"),
     "model of nobody": (lambda m: m["model"].update(name="os:system"), "cannot be built|model"),
     "model arguments": (lambda m: m["model"].update(args={"hidden": [0]}), "cannot be built"),
@@ -378,7 +412,7 @@ def test_each_edited_manifest_is_refused(saved: ModelPackage, case: str) -> None
     change, pattern = EDITS[case]
     edit(saved.path, change)
     with pytest.raises(PackageError, match=pattern) as caught:
-        package.load_model(package.open_package(saved.path))
+        load_model(package.open_package(saved.path))
     assert caught.value.exit_code == 5
 
 
@@ -417,7 +451,7 @@ def test_weights_that_do_not_fit_are_refused(saved: ModelPackage, case: str) -> 
     change, pattern = SWAPS[case]
     _replace(saved, change)
     with pytest.raises(PackageError, match=pattern) as caught:
-        package.load_model(package.open_package(saved.path))
+        load_model(package.open_package(saved.path))
     assert caught.value.exit_code == 5
 
 
@@ -446,7 +480,7 @@ def test_what_is_no_safetensors_is_not_loaded(saved: ModelPackage, tmp_path: Pat
         saved.weights.write_bytes(content[form])
     edit(saved.path, lambda m: None)
     with pytest.raises(PackageError, match="not a safetensors file") as caught:
-        package.load_model(package.open_package(saved.path))
+        load_model(package.open_package(saved.path))
     assert caught.value.exit_code == 5
     assert not sentinel.exists()
     expected = {"lfs": "git lfs pull", "html": "web page", "zip": "pickle", "legacy": "pickle"}
@@ -470,7 +504,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
 
 
 def test_an_existing_package_is_not_overwritten(saved: ModelPackage) -> None:
-    model, before = package.load_model(saved), saved.hash
+    model, before = load_model(saved), saved.hash
     with pytest.raises(ResourceError, match="exists"):
         package.save_package(saved.path, manifest=manifest_of(SPECS["mlp"]), recipe_yaml="new", model=model)
     assert package.open_package(saved.path).hash == before

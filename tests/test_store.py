@@ -499,6 +499,7 @@ TAMPER = {
     "manifest deep": (lambda p: (p / "manifest.json").write_text("[" * 10**5), "not valid JSON"),
     "manifest list": (lambda p: (p / "manifest.json").write_text("[]"), "not a bmctl Card"),
     "manifest unknown key": (lambda p: _edit(p, surprise=1), "surprise"),
+    "manifest older": (lambda p: _edit(p, format=0, surprise=1), "made by an older bmctl"),
     "manifest newer": (lambda p: _edit(p, format=2, surprise=1), "made by a newer bmctl"),
     "manifest odd format": (lambda p: _edit(p, format="1"), "not a bmctl Card: format"),
     "manifest lfs": (

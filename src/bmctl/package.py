@@ -49,7 +49,7 @@ class Manifest(Strict):
     """What a package is.
 
     Attributes:
-        format: Of this file; a newer one is refused.
+        format: Of this file; no other is read.
         stage: Name of the stage that made the package, such as ``train``.
         key: Hash of all inputs of that stage; equal keys mean that there is nothing to do again.
         parent: Hash of the package it was made from.
@@ -62,7 +62,6 @@ class Manifest(Strict):
         task: Its Config.
         facts: What the task knows of its data, such as the names of the classes.
         aliases: Tensors that share another one's memory (tied weights): their names, and the one that is stored.
-        axes: Sizes of a foreign graph's free axes but the batch, as they were found by trying it.
         history: Compression steps, oldest first.
         metrics: ``val`` {metric, value, low, high, baseline}, num_params, macs, size_bytes, latency_ms, ...
         files: Every other file of the package.
@@ -127,7 +126,7 @@ def open_package(path: Path, *, verify: bool = True) -> ModelPackage:
         verify: Hash every file; False only where that was just done.
 
     Raises:
-        PackageError: Missing, corrupt, incomplete, too new, or not a package.
+        PackageError: Missing, corrupt, incomplete, of another format, or not a package.
     """
     manifest = store.read_manifest(path, Manifest)
     content = {f"{GRAPHS}/{part}.onnx" for part in manifest.parts} if manifest.frozen else {WEIGHTS}

@@ -183,7 +183,7 @@ def read_manifest(directory: Path, model: type[T]) -> T:
     """The manifest of a published directory.
 
     Raises:
-        PackageError: It is missing, not JSON, made by a newer bmctl, or not such a manifest.
+        PackageError: It is missing, not JSON, made by a newer or an older bmctl, or not such a manifest.
     """
     path = directory / MANIFEST
     raw = read_regular(path)
@@ -191,13 +191,7 @@ def read_manifest(directory: Path, model: type[T]) -> T:
         fields = json.loads(raw.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise PackageError(f"{path} is not valid JSON: {error}{foreign_note(path)}") from error
-    known = max(get_args(model.model_fields["format"].annotation))
-    found = fields.get("format") if isinstance(fields, dict) else None
-    if type(found) is int and found > known:
-        raise PackageError(
-            f"{path} has format {found}, made by a newer bmctl; this one reads up to {known}",
-            hint="pip install --upgrade bmctl",
-        )
+    _check_format(path, fields.get("format") if isinstance(fields, dict) else None, model)
     try:
         return model.model_validate_json(raw)
     except ValidationError as error:
@@ -328,6 +322,18 @@ def _list_files(directory: Path) -> Iterator[str]:
                 raise PackageError(f"{here / name} is not a regular file")
         for name in files:
             yield (here / name).relative_to(directory).as_posix()
+
+
+def _check_format(path: Path, found: object, model: type[Strict]) -> None:
+    """Refuse the format of another version of bmctl in words; what is no format at all is left to the model."""
+    (known,) = get_args(model.model_fields["format"].annotation)
+    if type(found) is not int or found == known:
+        return
+    newer = found > known
+    raise PackageError(
+        f"{path} has format {found}, made by {'a newer' if newer else 'an older'} bmctl; this one reads format {known}",
+        hint="pip install --upgrade bmctl" if newer else "make it again: add --overwrite, or name another run with -o",
+    )
 
 
 def _refuse_constant(text: str) -> float:

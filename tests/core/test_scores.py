@@ -25,9 +25,7 @@ MEAN = SimpleNamespace(
 
 
 def key(kind: str) -> scores.Key:
-    return scores.Key(
-        artifact="a" * 64, backend="b", data="d", split="test", limit=None, task={"kind": kind}, preprocess={}
-    )
+    return scores.Key(artifact="a" * 64, backend="b", data="d", split="test", limit=None, task={"kind": kind}, input={})
 
 
 def written(path: Path, evaluation: Evaluation, **changes: Any) -> Path:

@@ -52,10 +52,19 @@ def _one_seed() -> None:
     torch.manual_seed(0)
 
 
+def context_of(images: torch.Tensor) -> MethodContext:
+    """What a module method may look at: images as the model takes them."""
+    return MethodContext(example={"input": images}, calibration=lambda: iter(()), calibration_record={})
+
+
 @pytest.fixture
-def context() -> MethodContext:
-    example = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(7))
-    return MethodContext(example=example, calibration=lambda: iter(()), calibration_record={})
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def context(images: torch.Tensor) -> MethodContext:
+    return context_of(images)
 
 
 @pytest.fixture(params=[residual, vit], ids=["residual", "vit"])

@@ -60,10 +60,16 @@ def samples(num: int = 24) -> np.ndarray:
     return np.random.default_rng(1).standard_normal((num, *SHAPE), np.float32)
 
 
-def make_context(batches: Sequence[np.ndarray]) -> MethodContext:
-    example = torch.from_numpy(samples(2))
+def make_context(calls: Sequence[np.ndarray]) -> MethodContext:
+    """What a graph method may look at.
+
+    Args:
+        calls: What the graph is fed while calibration samples are predicted, call by call.
+    """
     return MethodContext(
-        example=example, calibration=lambda: iter(batches), calibration_record={"source": "noise", "num_samples": 24}
+        example={"input": torch.from_numpy(samples(2))},
+        calibration=lambda: ({"input": images} for images in calls),
+        calibration_record={"source": "noise", "num_samples": 24},
     )
 
 

@@ -12,15 +12,17 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from tests.specs import image_spec
+from tests.methods.conftest import context_of
+from tests.specs import image_spec, manifest_of, parts_of
 from torch import nn
 
 from bmctl import models, package
 from bmctl.core import masks
 from bmctl.engine.artifacts.graph import export_onnx
 from bmctl.errors import UnsupportedError
-from bmctl.methods import METHODS, MethodContext, of_verb
+from bmctl.methods import METHODS, of_verb
 from bmctl.models import ModelSpec
+from bmctl.restore import load_model
 
 STEPS: dict[str, list[dict[str, Any]]] = {
     # First and second use of each: a second one has to find something left to do.
@@ -94,15 +96,13 @@ def train(model: nn.Module, spec: ModelSpec) -> None:
 def apply(model: nn.Module, spec: ModelSpec, name: str, *, use: int) -> package.Structure:
     """One step in place, and what the manifest records of it."""
     config = METHODS[name].Config(method=name, **STEPS[name][use])
-    context = MethodContext(samples(spec, 2, seed=5), lambda: iter(()), {})
-    meta = METHODS[name].apply(model, config, context)
+    meta = METHODS[name].apply(model, config, context_of(samples(spec, 2, seed=5)))
     return package.Structure(step=config.model_dump(mode="json"), meta=meta)
 
 
 def reload(model: nn.Module, spec: ModelSpec, history: Sequence[package.Structure], target: Path) -> nn.Module:
-    manifest = package.Manifest(stage="test", key="0", model=spec, history=tuple(history))
-    package.save_package(target, manifest=manifest, recipe_yaml="", model=model)
-    return package.load_model(package.open_package(target))
+    package.save_package(target, manifest=manifest_of(spec, history=tuple(history)), recipe_yaml="", model=model)
+    return load_model(package.open_package(target))
 
 
 def assert_same(one: nn.Module, other: nn.Module, spec: ModelSpec) -> None:
@@ -148,6 +148,7 @@ def test_chains(name: str, chain: tuple[str, ...], tmp_path: Path) -> None:
         model = again
     if set(chain) != {"magnitude"}:
         assert sum(p.numel() for p in model.parameters()) < dense
-    export_onnx(model, example=samples(spec, 2, seed=5), out=tmp_path / "model.onnx")
+    example = {"input": samples(spec, 2, seed=5).numpy()}
+    export_onnx(model, signature=parts_of(spec)["model"], example=example, out=tmp_path / "model.onnx")
     graph = onnx.load(tmp_path / "model.onnx").graph
     assert not [tensor.name for tensor in graph.initializer if masks.MASK in tensor.name]

@@ -76,7 +76,7 @@ def test_tensorrt_rtx_builds_it(quantized: Path, tmp_path: Path) -> None:
 
 
 def test_the_same_samples_give_the_same_bytes(graph: Path, quantized: Path, tmp_path: Path) -> None:
-    """However they come in batches; other samples give other scales."""
+    """However they come in calls; other samples give other scales."""
     again, other = tmp_path / "again.onnx", tmp_path / "other.onnx"
     ptq.apply(graph, ptq.Config(), make_context([samples()]), out=again)
     ptq.apply(graph, ptq.Config(samples=8), make_context([3 * samples()]), out=other)
@@ -115,20 +115,24 @@ BAD[5, 0, 0, 0] = np.nan
 
 
 @pytest.mark.parametrize(
-    ("batches", "config", "pattern"),
+    ("calls", "config", "pattern"),
     [
         ([], {}, "there are none"),
-        ([samples(), BAD], {}, "samples 24 to 47 hold nan or inf"),
+        ([samples(), BAD], {}, "samples 24 to 47: input 'input' holds nan or inf"),
         ([samples()], {"samples": 100}, "samples is 100, and the calibration data has 24"),
-        ([samples()[:, :1]], {}, r"shape \[24, 1, 8, 8\], the model takes \['n', 3, 8, 8\]"),
+        (
+            [samples()[:, :1]],
+            {},
+            r"samples 0 to 23: input 'input' has the shape \[24, 1, 8, 8\], expected \[batch, 3, 8, 8\]",
+        ),
         ([samples()[:, :, 0]], {}, r"shape \[24, 3, 8\]"),
     ],
 )
 def test_bad_calibration(
-    graph: Path, tmp_path: Path, batches: list[np.ndarray], config: dict[str, int], pattern: str
+    graph: Path, tmp_path: Path, calls: list[np.ndarray], config: dict[str, int], pattern: str
 ) -> None:
     with pytest.raises(DataError, match=pattern) as caught:
-        ptq.apply(graph, ptq.Config(**config), make_context(batches), out=tmp_path / "out.onnx")
+        ptq.apply(graph, ptq.Config(**config), make_context(calls), out=tmp_path / "out.onnx")
     assert caught.value.exit_code == 4 and not (tmp_path / "out.onnx").exists()
 
 

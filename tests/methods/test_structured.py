@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from tests.methods.conftest import residual, vit
+from tests.methods.conftest import context_of, residual, vit
 from torch import nn
 
 from bmctl.core import masks
@@ -82,7 +82,7 @@ def test_attention_loses_the_same_places_in_every_head(context: MethodContext) -
     assert torch.allclose(left[:12], tags[kept][:12] * 0.5**0.5)  # queries keep the scale of the scores
 
 
-def test_attention_scores_keep_their_scale(context: MethodContext) -> None:
+def test_attention_scores_keep_their_scale(context: MethodContext, images: torch.Tensor) -> None:
     """Head places without weight change nothing when they go, though the head gets narrower."""
     model = vit()
     weak = [0, 3, 5, 6]
@@ -92,16 +92,16 @@ def test_attention_scores_keep_their_scale(context: MethodContext) -> None:
             block.attn.qkv.weight[rows] = 0
             block.attn.qkv.bias[rows] = 0
             block.attn.proj.weight[:, rows[:12]] = 0
-    before = model(context.example)
+    before = model(images)
     structured.apply(model, Config(ratio=0.5, ignore=("patch_embed.proj", "blocks.*.mlp.*")), context)
     assert model.blocks[1].attn.head_dim == 4
-    assert torch.allclose(model(context.example), before, atol=1e-6)
+    assert torch.allclose(model(images), before, atol=1e-6)
 
 
-def test_the_classes_stay(build, context: MethodContext) -> None:
+def test_the_classes_stay(build, context: MethodContext, images: torch.Tensor) -> None:
     model = build()
     structured.apply(model, Config(ratio=0.7), context)
-    assert model(context.example).shape == (2, 10)
+    assert model(images).shape == (2, 10)
 
 
 def test_a_convolution_may_be_the_output_layer(context: MethodContext) -> None:
@@ -148,7 +148,7 @@ def test_a_model_that_cannot_be_traced_is_refused() -> None:
     import torchvision
 
     model = torchvision.models.shufflenet_v2_x0_5(num_classes=10).eval()
-    context = MethodContext(torch.randn(2, 3, 32, 32), lambda: iter(()), {})
+    context = context_of(torch.randn(2, 3, 32, 32))
     with pytest.raises(UnsupportedError, match="ShuffleNetV2 cannot be traced"):
         structured.apply(model, Config(), context)
 
@@ -174,15 +174,16 @@ def test_torchvisions_vit_keeps_its_plain_width() -> None:
             image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=10
         ).eval()
 
-    context = MethodContext(torch.randn(2, 3, 8, 8), lambda: iter(()), {})
+    images = torch.randn(2, 3, 8, 8)
+    context = context_of(images)
     model = build()
     meta = structured.apply(model, Config(), context)
     assert model.hidden_dim == 8
     other = again_from(meta, build, model, Config())
-    assert torch.equal(other(context.example), model(context.example))
+    assert torch.equal(other(images), model(images))
 
 
-def test_masks_are_cut_with_their_weights(build, context: MethodContext) -> None:
+def test_masks_are_cut_with_their_weights(build, context: MethodContext, images: torch.Tensor) -> None:
     model = build()
     first = magnitude.apply(model, magnitude.Config(sparsity=0.5), context)
     sparse = {name: layer.weight.detach().clone() for name, layer in masks.masked_layers(model).items()}
@@ -195,7 +196,7 @@ def test_masks_are_cut_with_their_weights(build, context: MethodContext) -> None
     structured.restore(other, Config(), json.loads(json.dumps(meta)))
     other.load_state_dict(copy.deepcopy(model.state_dict()), strict=True)
     optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2)
-    other.train()(context.example).square().mean().backward()
+    other.train()(images).square().mean().backward()
     optimizer.step()
     for name, layer in masks.masked_layers(other).items():
         assert bool((layer.weight[~masks.get_mask(layer)] == 0).all()), name

@@ -35,17 +35,17 @@ def test_linear_is_the_best_approximation_of_its_rank(context: MethodContext) ->
 
 
 @pytest.mark.parametrize("geometry", [{}, {"stride": 2, "padding": 1}, {"padding": "same", "dilation": 2}])
-def test_a_low_rank_convolution_is_reproduced(geometry: dict, context: MethodContext) -> None:
+def test_a_low_rank_convolution_is_reproduced(geometry: dict, context: MethodContext, images: torch.Tensor) -> None:
     conv = nn.Conv2d(3, 16, 3, **geometry)
     with torch.no_grad():
         low = torch.randn(16, 4) @ torch.randn(4, 27)
         conv.weight.copy_(low.reshape(16, 3, 3, 3))
     model = nn.Sequential(conv).eval()
-    before = model(context.example)
+    before = model(images)
     meta = svd.apply(model, Config(rank=4), context)
     assert meta["layers"] == {"0": 4}
     assert [tuple(layer.weight.shape) for layer in model[0]] == [(4, 3, 3, 3), (16, 4, 1, 1)]
-    assert torch.allclose(model(context.example), before, atol=1e-4)
+    assert torch.allclose(model(images), before, atol=1e-4)
 
 
 def test_energy_keeps_as_few_as_reach_it(context: MethodContext) -> None:
@@ -91,13 +91,13 @@ def test_a_layer_that_is_never_called_is_left(context: MethodContext) -> None:
     assert "without calling" in meta["kept"]["read"]
 
 
-def test_restore_needs_only_the_ranks(build, context: MethodContext) -> None:
+def test_restore_needs_only_the_ranks(build, context: MethodContext, images: torch.Tensor) -> None:
     model = build()
     meta = json.loads(json.dumps(svd.apply(model, Config(ratio=0.5), context)))
     other = build()
     svd.restore(other, Config(ratio=0.5), meta)
     other.load_state_dict(model.state_dict(), strict=True)
-    assert torch.equal(other.eval()(context.example), model(context.example))
+    assert torch.equal(other.eval()(images), model(images))
 
 
 def test_factors_are_not_factorised_again(build, context: MethodContext) -> None:

@@ -88,4 +88,4 @@ def test_stochastic_depth_keeps_the_mean_and_drops_whole_samples() -> None:
 
 def test_a_bad_probability_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"model\.args\.dropout: must be less than 1, got 1"):
-        models.build(ModelSpec(name="bmctl:mlp", args={"dropout": 1}, num_classes=5, channels=3, size=(8, 8)))
+        models.build(image_spec("bmctl:mlp", args={"dropout": 1}))

@@ -107,7 +107,7 @@ def open_deployed(path: Path) -> Deployed:
     """Open RUN/deploy/<backend>, with every file's hash checked.
 
     Raises:
-        PackageError: Missing, corrupt, incomplete, too new, or not an artifact.
+        PackageError: Missing, corrupt, incomplete, of another format, or not an artifact.
     """
     manifest = store.read_manifest(path, DeployManifest)
     held = {part.artifact for part in manifest.parts.values()}
