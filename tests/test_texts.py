@@ -70,3 +70,13 @@ def test_eager_and_artifact_agree_on_texts(whole: Path, tmp_path: Path, capsys: 
 def test_a_file_that_is_not_there(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["infer", "gone.txt", "--model", str(whole)]) == 4
     assert "there is no file gone.txt" in capsys.readouterr().err
+
+
+def test_more_tokens_than_the_model_takes_are_no_span(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    axes = "export.axes.tokens={min: 1, opt: 8, max: 999}"
+    assert main(["export", str(whole), "--backend", "onnxruntime", "--overwrite", "--set", axes]) == 3
+    assert "export.axes.tokens.max: 999, but the model takes at most" in capsys.readouterr().err
+
+
+def test_the_exporter_has_nothing_to_say_of_axes(whole: Path) -> None:
+    assert json.loads((whole / "packages/03-ptq/manifest.json").read_text())["notes"] == []

@@ -200,7 +200,7 @@ def infer(
     options: "Options",
     data: Annotated[
         str | None,
-        typer.Argument(metavar="[DATA]", help="An image, a folder, a text, an .npz or .csv; else the recipe's infer.data."),
+        typer.Argument(metavar="[DATA]", help="An image, a folder, a text, an .npz, a .csv; else infer.data."),
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="A run, package, .onnx or engine; else the newest run.")

@@ -75,6 +75,14 @@ def test_later_tokens_are_hidden_where_attention_is_causal(tmp_path: Path) -> No
     assert error(tmp_path / "g.onnx") < 1e-5
 
 
+def test_keys_may_be_more_than_queries(tmp_path: Path) -> None:
+    text = """g (float[batch,3,8] q, float[batch,tokens,8] k, float[batch,tokens,8] v) => (float[batch,3,8] y) {
+        y = Attention<q_num_heads=2, kv_num_heads=2, is_causal=1>(q, k, v)
+    }"""
+    handmade.save(tmp_path / "g.onnx", text, opset=23, ir=11)
+    assert error(tmp_path / "g.onnx") < 1e-5
+
+
 def test_older_operator_sets(tmp_path: Path) -> None:
     """Axes as attributes, and no CastLike."""
     text = """g (float[batch,tokens,8] x) => (float[batch,tokens,8] y) {
@@ -135,12 +143,19 @@ def test_other_shapes_and_other_nans_are_errors() -> None:
 
 
 def test_dynamic_integers_that_others_read_are_refused(tmp_path: Path) -> None:
-    text = """g (float[batch,4] x) => (uint8[batch,4] q, float s, uint8 z) { q, s, z = DynamicQuantizeLinear(x) }"""
+    text = """g (float[batch,4] x) => (float[batch,4] y) {
+        q, s, z = DynamicQuantizeLinear(x)
+        y = Cast<to=1>(q)
+    }"""
     handmade.save(tmp_path / "g.onnx", text)
-    model = onnx.load(tmp_path / "g.onnx")
-    model.graph.node.add().CopyFrom(onnx.helper.make_node("Cast", ["q"], ["f"], to=1))
-    onnx.save(model, tmp_path / "g.onnx")
     with pytest.raises(UnsupportedError, match="is read by Cast"):
+        mended(tmp_path / "g.onnx")
+
+
+def test_dynamic_integers_that_leave_the_graph_are_refused(tmp_path: Path) -> None:
+    text = "g (float[batch,4] x) => (uint8[batch,4] q, float s, uint8 z) { q, s, z = DynamicQuantizeLinear(x) }"
+    handmade.save(tmp_path / "g.onnx", text)
+    with pytest.raises(UnsupportedError, match="gives what it makes to the caller"):
         mended(tmp_path / "g.onnx")
 
 

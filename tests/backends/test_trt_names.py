@@ -38,8 +38,8 @@ CLASSES = {
 }
 OURS = {
     "array", "artifact", "batch", "checked", "device", "dict", "error", "found", "functools", "hashlib", "held",
-    "json", "kept", "logger", "manifest", "meta", "model", "msg", "np", "onnx", "onnx_path", "out", "path", "self",
-    "session", "signature", "span", "spec", "torch",
+    "json", "kept", "logger", "manifest", "mended", "meta", "model", "msg", "np", "onnx", "onnx_path", "out", "path",
+    "self", "session", "signature", "span", "spec", "torch",
 }  # fmt: skip
 FILES = [Path(str(module.__file__)) for module in (trt_engine, trt_runner)]
 

@@ -123,7 +123,7 @@ def judge(graph: Graph, folder: Path, *, backends: Sequence[str] = BACKENDS) -> 
     manifest = package.manifest
     inputs = ", ".join(f"{spec.name} {spec.dtype}{shown(spec)}" for spec in manifest.parts[PART].inputs)
     notes = tuple(text for text in manifest.notes if any(word in text for word in ("axis", "axes", "stands for")))
-    return Row(graph, inputs, tuple(text for text in notes if not text.startswith("nobody")), found)
+    return Row(graph, inputs, tuple(text for text in notes if not text.startswith(("nobody", "imported"))), found)
 
 
 def _plain(text: str, folder: Path) -> str:

@@ -109,6 +109,10 @@ class OrtRunner:
 
 
 def _start(artifact: Path, config: Config) -> Any:
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    from bmctl.core.onnxfile import taken_in
+
     ort = _ort()
     options = ort.SessionOptions()
     options.intra_op_num_threads = config.threads or len(os.sched_getaffinity(0))
@@ -118,7 +122,13 @@ def _start(artifact: Path, config: Config) -> Any:
     cuda = config.device != "cpu" and "CUDAExecutionProvider" in ort.get_available_providers()
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if cuda else ["CPUExecutionProvider"]
     with _explained(f"ONNX Runtime cannot open {artifact}"):
-        return ort.InferenceSession(str(artifact), options, providers=providers)
+        try:
+            return ort.InferenceSession(str(artifact), options, providers=providers)
+        except state.Fail:
+            whole = taken_in(artifact)
+            if whole is None:
+                raise
+            return ort.InferenceSession(whole, options, providers=providers)
 
 
 @contextlib.contextmanager

@@ -137,6 +137,8 @@ def _dynamic_quantizer(write: Writer, node: onnx.NodeProto) -> str:
     from onnx import numpy_helper
 
     readers = {one.op_type for one in write.graph.node if node.output[0] in one.input}
+    if any(value.name in node.output for value in write.graph.output):
+        raise _refuse(node, "gives what it makes to the caller")
     if not readers <= {"MatMulInteger", "ConvInteger"}:
         raise _refuse(node, f"is read by {', '.join(sorted(readers))}")
     write.op("Identity", node.input[0], out=node.output[0])

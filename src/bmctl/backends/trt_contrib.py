@@ -143,7 +143,7 @@ def _attention(write: Writer, node: onnx.NodeProto) -> str:
     parts = [_part(write, projected, node, index) for index in range(3)]
     mask = _key_mask(write, node, given(node, 3), like=projected)
     if attribute(node, "unidirectional", 0):
-        mask = _causal(write, node.input[0], like=projected, mask=mask)
+        mask = _causal(write, node.input[0], node.input[0], like=projected, mask=mask)
     q, k, v = (_heads(write, one, heads) for one in parts)
     _attend(
         write,
@@ -195,13 +195,13 @@ def _key_mask(write: Writer, node: onnx.NodeProto, mask: str, *, like: str) -> s
     return write.op("Mul", lost, _number(write, like, attribute(node, "mask_filter_value", -10000.0)))
 
 
-def _causal(write: Writer, x: str, *, like: str, mask: str) -> str:
-    """Adds a triangle that hides later tokens from earlier ones."""
+def _causal(write: Writer, x: str, keys: str, *, like: str, mask: str) -> str:
+    """Adds a triangle that hides later tokens from earlier ones; both are [batch, tokens, ...]."""
     import numpy as np
     from onnx import numpy_helper
 
-    num = write.op("Slice", write.op("Shape", x), _ints(write, [1]), _ints(write, [2]))
-    square = write.op("Concat", num, num, attributes={"axis": 0})
+    sides = [write.op("Slice", write.op("Shape", one), _ints(write, [1]), _ints(write, [2])) for one in (x, keys)]
+    square = write.op("Concat", *sides, attributes={"axis": 0})
     lowest = numpy_helper.from_array(np.array([-1e4], np.float32))
     full = write.op("ConstantOfShape", square, attributes={"value": lowest})
     hidden = _like(write, write.op("Trilu", full, write.constant(np.array(1, np.int64))), like)
@@ -226,7 +226,9 @@ def _standard_attention(write: Writer, node: onnx.NodeProto) -> str:
     width = write.sizes.get(node.input[0], (0,))[-1]
     if not simple or not width or attribute(node, "softcap", 0.0) or any(wanted(node, i) for i in (1, 2, 3)):
         return ""  # left to TensorRT, which may have a kernel
-    mask = _causal(write, node.input[0], like=node.input[0], mask="") if attribute(node, "is_causal", 0) else ""
+    mask = ""
+    if attribute(node, "is_causal", 0):
+        mask = _causal(write, node.input[0], node.input[1], like=node.input[0], mask="")
     q, k, v = (_heads(write, one, heads) for one in node.input[:3])
     _attend(write, q, k, v, mask=mask, scale=attribute(node, "scale", 0.0), width=width // heads, out=node.output[0])
     return _said(node)

@@ -147,7 +147,9 @@ def _add_profile(
 
 def _values(onnx_path: Path, name: str, signature: Signature, axes: Mapping[str, Span]) -> list[list[int]]:
     """Smallest, most common and largest numbers of an input that says a shape."""
-    session = open_quietly(str(onnx_path))
+    from bmctl.core.onnxfile import taken_in
+
+    session = open_quietly(taken_in(onnx_path) or str(onnx_path))
     found = []
     for which in ("min", "opt", "max"):
         feed = usual_feed(onnx_path, session, signature=signature, axes=axes, which=which)

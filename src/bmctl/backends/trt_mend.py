@@ -55,7 +55,9 @@ def mend(onnx_path: Path, *, signature: Signature, axes: Mapping[str, Span]) -> 
 
 def prove(onnx_path: Path, mended: bytes, *, signature: Signature, axes: Mapping[str, Span]) -> float:
     """max |mended - original| / max |original| over all outputs, on noise at the axes' most common sizes."""
-    original = open_quietly(str(onnx_path))
+    from bmctl.core.onnxfile import taken_in
+
+    original = open_quietly(taken_in(onnx_path) or str(onnx_path))
     feed = usual_feed(onnx_path, original, signature=signature, axes=axes)
     names = [spec.name for spec in signature.outputs]
     right = original.run(names, feed)
@@ -107,7 +109,7 @@ def open_quietly(source: str | bytes) -> Any:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise UnsupportedError(
-            f"what is to be mended for TensorRT cannot be proven: ONNX Runtime does not take it: {first_line(error)}",
+            f"ONNX Runtime, on which graphs are proven for TensorRT, does not take it: {first_line(error)}",
             hint="export the model again with standard operators",
         ) from error
 

@@ -166,6 +166,20 @@ def _num_bytes(tensor: TensorProto) -> int:
     return -(-math.prod(tensor.dims) * bits // 8)
 
 
+def taken_in(path: Path) -> bytes | None:
+    """The graph with its external data in it; None where it has none, or with it is over 2 GiB.
+
+    ONNX Runtime infers shapes from small tensors, such as the axes of a reduction, in the file alone.
+    """
+    try:
+        if not onnxgraph.data_files(path):
+            return None
+        model = onnx.load(path)
+    except (DecodeError, OSError):
+        return None  # whoever opens it says why
+    return model.SerializeToString() if model.ByteSize() <= MAX_BYTES else None
+
+
 def inline_functions(path: Path) -> bool:
     """Write out the functions of a graph of one file, in place; whether it had any."""
     model = onnx.load(path)

@@ -103,7 +103,7 @@ def apply_override(draft: Draft, override: str) -> None:
             raise Refused("expected KEY=VALUE", "such as --set train.epochs=5")
         document = parse_yaml(text, name=where)
         draft.problems += [Problem(where, key, problem.message, problem.hint) for problem in document.problems]
-        set_value(draft, next(csv.reader([key.strip()], delimiter=".")), document.data, where=where)
+        set_value(draft, next(csv.reader([key.strip()], delimiter="."), [""]), document.data, where=where)
     except Refused as refused:
         draft.problems.append(Problem(where, dotted((key,)) if equals else "", str(refused), refused.hint))
     except RecipeError as error:

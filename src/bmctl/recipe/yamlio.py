@@ -138,6 +138,8 @@ def parse_yaml(text: str, *, name: str) -> Document:
         mark = error.problem_mark
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
         what = ", ".join(part for part in (error.context, error.problem) if part)
+        if "nesting depth" in what:  # libyaml looks ahead within a line, and has a limit of its own
+            raise too_deep(where) from error
         raise fatal(where, f"not YAML: {what}", syntax_hint(text, mark)) from error
     except yaml.YAMLError as error:
         raise fatal(name, f"not YAML: {error}") from error
@@ -148,6 +150,10 @@ def parse_yaml(text: str, *, name: str) -> Document:
 def fatal(where: str, message: str, hint: str = "") -> RecipeError:
     problem = Problem(where, "", message, hint)
     return RecipeError(f"{where}: {message}", hint=hint, problems=(problem,))
+
+
+def too_deep(where: str) -> RecipeError:
+    return fatal(where, f"nested deeper than {MAX_DEPTH} levels", "is this the right file?")
 
 
 def syntax_hint(text: str, mark: yaml.Mark | None) -> str:
@@ -219,7 +225,7 @@ def read_node(reader: Reader, event: yaml.Event, *, depth: int) -> Node:
 def check_budget(reader: Reader, at: Position, *, depth: int, size: int) -> None:
     where = f"{reader.name}:{at[0]}:{at[1]}"
     if depth > MAX_DEPTH:
-        raise fatal(where, f"nested deeper than {MAX_DEPTH} levels", "is this the right file?")
+        raise too_deep(where)
     if size > MAX_NODES:
         raise fatal(where, f"more than {MAX_NODES} values, aliases expanded", "is this the right file?")
 

@@ -11,10 +11,10 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
 from bmctl.core.chance import uniform
-from bmctl.inputs.image import AugmentConfig, CropConfig, Spec
 from bmctl.inputs.image import augment as module
 from bmctl.inputs.image.augment import augment, crop_boxes
 from bmctl.inputs.image.pixels import resize
+from bmctl.inputs.image.spec import AugmentConfig, CropConfig, Spec
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(1, 256, (40, 9, 7, 3), np.uint8)

@@ -136,6 +136,7 @@ def test_the_models_own_tokenizer(tmp_path: Path) -> None:
     published = publish(tmp_path)
     given, own = resolve(published), resolve()
     assert (given.spec.max_tokens, given.spec.vocab_size, given.files) == (32, own.spec.vocab_size, own.files)
+    assert resolve(published, texts=[]).spec.max_tokens == 32
     with pytest.raises(RecipeError, match=r"data\.input\.tokenizer: the model brings its own"):
         resolve(published, tokenizer={"kind": "bpe"})
     with pytest.raises(RecipeError, match=r"brings no tokenizer\.json"):

@@ -15,9 +15,9 @@ from bmctl.core.runner import Batched, Runner
 from bmctl.engine.artifacts import parity
 from bmctl.engine.artifacts.deployed import Deployed, DeployedPart, open_deployed, open_runners, read_sample
 from bmctl.engine.artifacts.finding import kind_of
+from bmctl.engine.artifacts.graphrunner import open_graph
 from bmctl.engine.artifacts.opening import backend_of, open_parts
 from bmctl.engine.artifacts.recording import Call, replay, stretched
-from bmctl.engine.artifacts.graphrunner import open_graph
 from bmctl.engine.evaluation import measure
 from bmctl.errors import DataError, DependencyError, PackageError, ResourceError, UnsupportedError, UsageError
 from bmctl.inputs import Resolved

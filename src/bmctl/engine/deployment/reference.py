@@ -10,9 +10,9 @@ from pathlib import Path
 from bmctl.core import onnxfile, onnxgraph
 from bmctl.core.runner import Runner
 from bmctl.engine.artifacts.graph import export_onnx
+from bmctl.engine.artifacts.graphrunner import open_reference
 from bmctl.engine.artifacts.opening import open_model, task_of
 from bmctl.engine.artifacts.recording import Call, of_part
-from bmctl.engine.artifacts.graphrunner import open_reference
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import feeds
 from bmctl.errors import GateError

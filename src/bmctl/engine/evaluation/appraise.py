@@ -13,9 +13,9 @@ from torch import nn
 from bmctl.core.comparing import Sampled, interval
 from bmctl.core.evaluation import Evaluation
 from bmctl.core.runner import Batched, Runner
+from bmctl.engine.artifacts.graphrunner import open_graph
 from bmctl.engine.artifacts.opening import open_model
 from bmctl.engine.artifacts.recording import Call, replay, stretched
-from bmctl.engine.artifacts.graphrunner import open_graph
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import measure
 from bmctl.engine.evaluation.evaluate import evaluate_parts, keep_evaluation

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from bmctl.core import onnxgraph
+from bmctl.core import onnxfile, onnxgraph
 from bmctl.core.halftypes import widen
 from bmctl.core.noise import Feed, Style, axis_size, index_limits, noise
 from bmctl.errors import DataError, UnsupportedError, first_line
@@ -102,7 +102,7 @@ def _session(path: Path) -> Any:
     options.log_severity_level = 4
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.enable_mem_pattern = False  # memory is planned by the names of axes, and these may lie
-    source: Any = str(path)
+    source: Any = onnxfile.taken_in(path) or str(path)
     if onnxgraph.precision_of(path) == "bf16":  # it has no bf16 kernels
         source = widen(onnx.load(path)).SerializeToString()
     try:

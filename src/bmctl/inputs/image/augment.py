@@ -17,8 +17,8 @@ from PIL import Image
 
 from bmctl.core.chance import Luck, hash_integers, uniform
 from bmctl.core.images import Picture
-from bmctl.inputs.image import AugmentConfig, CropConfig, Spec
 from bmctl.inputs.image.pixels import Box, resize, size_of
+from bmctl.inputs.image.spec import AugmentConfig, CropConfig, Spec
 
 _ATTEMPTS = 10
 _AUGMENT = 2

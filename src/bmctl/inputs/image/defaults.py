@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bmctl.errors import DataError, RecipeError
-from bmctl.inputs.image import Config, Spec
 from bmctl.inputs.image.pixels import to_grey
+from bmctl.inputs.image.spec import Config, Spec
 
 if TYPE_CHECKING:
     from bmctl.inputs import Examples

@@ -10,8 +10,8 @@ from functools import lru_cache
 
 import torch
 
-from bmctl.inputs.image import Spec
 from bmctl.inputs.image.pixels import normalise
+from bmctl.inputs.image.spec import Spec
 
 Empty = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 

@@ -15,8 +15,8 @@ import bmctl
 from bmctl.core.images import read_file
 from bmctl.core.requests import OnBad, Requested, Requests
 from bmctl.errors import DataError
-from bmctl.inputs.image import FIELD, Spec
 from bmctl.inputs.image.pixels import prepare
+from bmctl.inputs.image.spec import FIELD, Spec
 from bmctl.schema import Emit
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})

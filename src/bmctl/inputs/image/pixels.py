@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from bmctl.core.images import Picture
-from bmctl.inputs.image import Spec
+from bmctl.inputs.image.spec import Spec
 
 Box = tuple[int, int, int, int]
 """left, top, right, bottom in pixels, as Pillow has them."""

@@ -72,7 +72,8 @@ def check(given: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 def resolve(asked: Config, examples: Examples, *, published: Mapping[str, Any]) -> tuple[Spec, dict[str, bytes]]:
     """The model's tokenizer, or one that is trained on the training texts; it is kept as ``tokenizer.json``.
 
-    Without `max_tokens`, 99 of 100 training texts stay whole, as far as the model takes so many tokens.
+    Without `max_tokens`, 99 of 100 training texts stay whole, as far as the model takes so many tokens; all that it
+    takes where there are no texts.
 
     Raises:
         RecipeError: More tokens than the model takes; a tokenizer to train for a model that has one, or none for one

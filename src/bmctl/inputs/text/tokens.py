@@ -58,13 +58,19 @@ def resolve(asked: Config, examples: Examples, *, published: Mapping[str, Any]) 
             "data.input.tokenizer: the model brings its own, which its weights belong to",
             hint="remove data.input.tokenizer, or take an architecture by name, such as transformers:bert",
         )
-    (texts,) = examples.read(None).values()
-    text = _read(Path(path)) if path is not None else train(texts, config=asked.tokenizer or TokenizerConfig())
+    wanted = asked.tokenizer or TokenizerConfig()
+    text = _read(Path(path)) if path is not None else train(_texts(examples), config=wanted)
     tokenizer = open_tokenizer(text)
-    max_tokens = asked.max_tokens or _enough(tokenizer, texts, most=takes or MOST_TOKENS)
+    most = takes or MOST_TOKENS
+    max_tokens = asked.max_tokens or (_enough(tokenizer, _texts(examples), most=most) if len(examples) else most)
     pad_id = published.get("pad_id", _pad_id(tokenizer))
     spec = Spec(max_tokens=max_tokens, vocab_size=max(tokenizer.get_vocab().values()) + 1, pad_id=pad_id)
     return spec, {TOKENIZER: text.encode()}
+
+
+def _texts(examples: Examples) -> Sequence[str]:
+    (texts,) = examples.read(None).values()
+    return texts
 
 
 def _read(path: Path) -> str:

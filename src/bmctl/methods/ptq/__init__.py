@@ -68,4 +68,4 @@ def apply(onnx_path: Path, config: Config, context: MethodContext, *, out: Path)
     """
     from bmctl.methods.ptq import quantization
 
-    return quantization.quantize(onnx_path, config, context, out=out)
+    return quantization.quantize(onnx_path, config, context, wanted=num_samples(config), out=out)

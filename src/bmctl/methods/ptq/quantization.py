@@ -12,17 +12,17 @@ import onnxruntime
 from bmctl.core import onnxfile, onnxgraph, quiet
 from bmctl.core.runner import check_feed, rows
 from bmctl.errors import DataError, UnsupportedError
-from bmctl.methods.ptq import Config, num_samples
 from bmctl.schema import BATCH, Signature
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from bmctl.methods import Meta, MethodContext
+    from bmctl.methods.ptq import Config
 
 
-def quantize(onnx_path: Path, config: Config, context: MethodContext, *, out: Path) -> Meta:
-    """What `ptq.apply` promises."""
+def quantize(onnx_path: Path, config: Config, context: MethodContext, *, wanted: int, out: Path) -> Meta:
+    """What `ptq.apply` promises, with `wanted` calibration samples or all where there are fewer."""
     precision = onnxgraph.precision_of(onnx_path)
     if precision == "int8":
         raise UnsupportedError(
@@ -31,7 +31,7 @@ def quantize(onnx_path: Path, config: Config, context: MethodContext, *, out: Pa
         )
     if precision != "fp32":
         raise UnsupportedError(f"{onnx_path.name} is {precision}; int8 is made from fp32", hint="put ptq before cast")
-    samples = _samples(config, context, onnxgraph.read_signature(onnx_path))
+    samples = _samples(config, context, onnxgraph.read_signature(onnx_path), wanted=wanted)
     model = onnx.load(onnx_path)
     onnxgraph.name_nodes(model)
     ignored = onnxgraph.match_nodes(model, config.ignore, where="ptq: ignore")
@@ -68,9 +68,10 @@ def _left_over(model: onnx.ModelProto, ignored: list[str]) -> list[str]:
     ]
 
 
-def _samples(config: Config, context: MethodContext, signature: Signature) -> list[dict[str, np.ndarray]]:
-    """One sample each: the first `config.samples`, checked."""
-    wanted = num_samples(config)
+def _samples(
+    config: Config, context: MethodContext, signature: Signature, *, wanted: int
+) -> list[dict[str, np.ndarray]]:
+    """One sample each: the first `wanted`, checked."""
     axes = {spec.name: spec.shape.index(BATCH) for spec in signature.inputs if BATCH in spec.shape}
     found: list[dict[str, np.ndarray]] = []
     for feed in context.calibration():
