@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from bmctl.engine.artifacts.parity import compare, compare_all
+from bmctl.engine.artifacts.parity import Parity, compare, compare_all
 from bmctl.schema import TensorSpec
 
 
@@ -15,6 +17,21 @@ def spec(name: str, dtype: str = "float32", role: str = "value") -> TensorSpec:
 
 X = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
 ASKED = {"tolerance": 1e-3, "min_agreement": 1.0, "source": "test"}
+
+
+def judged(reference: Any, got: Any) -> Parity:
+    arrays = (np.asarray(array, np.float32) for array in (reference, got))
+    return compare(*arrays, tolerance=0.1, min_agreement=1.0, source="test")
+
+
+def test_scores_by_their_largest_and_by_error() -> None:
+    assert judged([[1, 10], [10, 1]], [[1, 10.5], [10, 1]]).passed
+    assert judged([[1, 10]], [[1, 12]]).error == pytest.approx(0.2) and not judged([[1, 10]], [[1, 12]]).passed
+    flipped = judged([[9, 10], [10, 0]], [[10, 9.5], [10, 0]])
+    assert flipped.agreement == 0.5 and not flipped.passed
+    assert judged([[9.9, 10]], [[10, 9.9]]).agreement == 1.0, "a tie"
+    for bad in ([[np.nan, 10]], [[1, 10], [1, 10]], [[np.inf, 10]]):
+        assert not judged([[1, 10]], bad).passed
 
 
 def test_the_worst_output_is_told() -> None:

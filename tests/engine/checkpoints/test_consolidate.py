@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine.intake.test_importing import WITH_DATA, Events, make_context, message_of, rescnn  # noqa: F401  (a fixture)
+from tests.engine.intake.imports import WITH_DATA, make_context, rescnn
 from tests.engine.ranks import on_ranks
 from tests.specs import classifier, image_spec
 from torch.distributed.fsdp import fully_shard
@@ -71,9 +71,9 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
         ({"ema": 0.5, "best": 0.25}, 3, 0.25, "the best so far, of step 3"),
     ],
 )
-def test_which_weights(tmp_path: Path, make_context, given, best_step, factor, says: str) -> None:  # noqa: F811
+def test_which_weights(tmp_path: Path, given, best_step, factor, says: str) -> None:
     path = save(tmp_path, best_step=best_step, **{kind: weights_of(number) for kind, number in given.items()})
-    context = make_context()
+    context = make_context(tmp_path)
     found = import_stage(context, str(path))
     assert same(weights(found), weights_of(factor))
     assert "step 7 of 9" in context.emit.text
@@ -85,7 +85,7 @@ def test_which_weights(tmp_path: Path, make_context, given, best_step, factor, s
     assert "bmctl:rescnn" in (found.path / "recipe.yaml").read_text()  # so that it can be compressed and evaluated
 
 
-def test_a_sharded_checkpoint_becomes_a_package_on_one_process(tmp_path: Path, make_context) -> None:  # noqa: F811
+def test_a_sharded_checkpoint_becomes_a_package_on_one_process(tmp_path: Path) -> None:
     def work(group: Group) -> None:
         model = rescnn()
         for module in model.children():
@@ -97,12 +97,12 @@ def test_a_sharded_checkpoint_becomes_a_package_on_one_process(tmp_path: Path, m
     told = on_ranks(2, work)
     assert [(one.code, one.value) for one in told] == [(0, None)] * 2
     assert len(list((tmp_path / "checkpoints" / "train" / "latest").glob("model-rank-*.safetensors"))) == 2
-    found = import_stage(make_context(), str(tmp_path / "checkpoints" / "train" / "latest"))
+    found = import_stage(make_context(tmp_path), str(tmp_path / "checkpoints" / "train" / "latest"))
     assert same(weights(found), weights_of(1))
 
 
-def test_it_is_evaluated_on_the_recipes_data(tmp_path: Path, make_context) -> None:  # noqa: F811
-    context = make_context(**{key: RECIPE[key] for key in ("model", "data", "task")})
+def test_it_is_evaluated_on_the_recipes_data(tmp_path: Path) -> None:
+    context = make_context(tmp_path, **{key: RECIPE[key] for key in ("model", "data", "task")})
     found = import_stage(context, str(save(tmp_path)))
     assert found.manifest.metrics["val"]["num_samples"] == 100
     assert found.manifest.facts is not None
@@ -111,13 +111,13 @@ def test_it_is_evaluated_on_the_recipes_data(tmp_path: Path, make_context) -> No
     assert again.hash == found.hash
 
 
-def test_a_pruned_model_keeps_its_structure(tmp_path: Path, make_context) -> None:  # noqa: F811
+def test_a_pruned_model_keeps_its_structure(tmp_path: Path) -> None:
     model, method = rescnn(), METHODS["svd"]
     config = method.Config.model_validate({"method": "svd", "ratio": 0.5})
     meta = method.apply(model, config, MethodContext({"input": torch.zeros(2, 1, 28, 28)}, lambda: iter(()), {}))
     step = {"step": config.model_dump(mode="json"), "meta": meta}
     about = ABOUT.to_json() | {"history": [step]}
-    found = import_stage(make_context(), str(save(tmp_path, model=dict(model.state_dict()), about=about)))
+    found = import_stage(make_context(tmp_path), str(save(tmp_path, model=dict(model.state_dict()), about=about)))
     assert same(weights(found), dict(model.state_dict()))
     assert found.manifest.history[0].meta == json.loads(json.dumps(meta))
 
@@ -159,15 +159,15 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({**ABOUT.to_json(), "recipe": {"name": 1}}, "recipe"),
     ],
 )
-def test_what_it_is_not_made_of(tmp_path: Path, make_context, change: dict, says: str) -> None:  # noqa: F811
+def test_what_it_is_not_made_of(tmp_path: Path, change: dict, says: str) -> None:
     with pytest.raises(PackageError, match=says):
-        import_stage(make_context(), str(save(tmp_path, about=change)))
+        import_stage(make_context(tmp_path), str(save(tmp_path, about=change)))
 
 
 @pytest.mark.parametrize("name", ["model-rank-0.safetensors", "index.json", "state.json", "manifest.json"])
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path, make_context, name: str) -> None:  # noqa: F811
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
     path = save(tmp_path)
     (path / name).unlink()
     with pytest.raises(PackageError, match=name.replace(".", r"\.")):
-        import_stage(make_context(), str(path))
+        import_stage(make_context(tmp_path), str(path))
     assert path.is_dir()  # it is named, so nothing is set aside

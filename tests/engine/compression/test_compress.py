@@ -32,6 +32,7 @@ from bmctl.errors import (
 from bmctl.package import ModelPackage
 from bmctl.processes.signals import Stop
 from bmctl.recipe import LaunchConfig, Recipe
+from bmctl.restore import load_model
 from bmctl.tasks import TASKS
 
 RECOVER = {"fit": {"epochs": 1, "batch_size": 16, "max_steps": 3, "precision": "fp32"}}
@@ -117,28 +118,29 @@ def test_a_whole_chain(make, events) -> None:
         assert metrics["val"]["num_samples"] == 50
         assert metrics["val"]["low"] <= metrics["val"]["value"] <= metrics["val"]["high"]
         assert metrics["latency_ms"] == metrics["latency"]["p50_ms"] > 0
-        data = one.graph if one.manifest.frozen else one.weights
+        (data,) = one.graphs.values() if one.manifest.frozen else [one.weights]
         assert metrics["size_bytes"] == data.stat().st_size
     assert found[2].manifest.calibration["used"] == 8
     assert [event["stage"] for event in kinds(events, "stage_done")] == ["01-structured", "02-sparse", "03-ptq"]
     filed = {scored.key.artifact for _, scored in read_all(context.run, tasks=TASKS)}
     assert {one.hash for one in found} <= filed
     assert not any((context.run / "work").iterdir())
-    assert masks.masked_layers(package.load_model(found[1]))
+    assert masks.masked_layers(load_model(found[1]))
 
 
 def test_the_metric_is_the_packages(make) -> None:
     context, start = make(STRUCTURED)
     (found,) = compress.run_steps(context, start=start)
-    again = appraise.score_module(context, package.load_model(found), preprocess=found.manifest.preprocess)
+    assert found.given is not None
+    again = appraise.score_module(context, load_model(found), found.manifest, found.given)
     assert appraise.metric_of(again) == found.manifest.metrics["val"]
 
 
 def test_masks_hold_through_recovery(make) -> None:
     context, start = make(MAGNITUDE | {"recover": RECOVER})
     (found,) = compress.run_steps(context, start=start)
-    layers = masks.masked_layers(package.load_model(found))
-    before = package.load_model(start)
+    layers = masks.masked_layers(load_model(found))
+    before = load_model(start)
     for name, layer in layers.items():
         assert bool((layer.weight[~masks.get_mask(layer)] == 0).all())
         assert not torch.equal(
@@ -333,6 +335,6 @@ def test_a_step_is_applied_to_what_its_parent_holds(make) -> None:
     context, start = make({"method": "magnitude", "sparsity": 0.01})
     (found,) = compress.run_steps(context, start=start)
     fresh = models.build(start.manifest.model)
-    mine, theirs = package.load_model(found).state_dict(), package.load_model(start).state_dict()
+    mine, theirs = load_model(found).state_dict(), load_model(start).state_dict()
     assert torch.equal(mine["head.bias"], theirs["head.bias"])
     assert not torch.equal(mine["head.bias"], fresh.state_dict()["head.bias"])

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 from tests.methods.graphs import make_context as make_method_context
 from tests.methods.graphs import samples, save_residual
-from tests.specs import image_spec
+from tests.specs import classifier, image_spec
 
 from bmctl import store
 from bmctl.backends import BACKENDS, onnxruntime, openvino, tensorrt, tensorrt_rtx
+from bmctl.core.onnxgraph import read_signature
 from bmctl.engine.artifacts import parity
-from bmctl.engine.artifacts.deployed import open_deployed, open_runner
+from bmctl.engine.artifacts.deployed import open_deployed, open_runners, read_sample
+from bmctl.engine.artifacts.opening import open_parts
 from bmctl.engine.context import StageContext
-from bmctl.engine.deployment import export
-from bmctl.engine.evaluation.evaluate import eager_part
+from bmctl.engine.deployment import export, reference
 from bmctl.engine.parallel import Group
 from bmctl.errors import (
     DependencyError,
@@ -33,16 +34,15 @@ from bmctl.errors import (
     InterruptedRunError,
     PackageError,
     ResourceError,
-    UnsupportedError,
     UsageError,
 )
 from bmctl.inputs.image import Spec
 from bmctl.methods import ptq
 from bmctl.models import build
-from bmctl.package import Manifest, ModelPackage, load_model, save_package
+from bmctl.package import PART, GraphFile, Manifest, ModelPackage, save_package
 from bmctl.processes.signals import Stop
 from bmctl.recipe import Recipe, recipe_yaml
-from bmctl.schema import TensorSpec
+from bmctl.schema import Signature
 
 Events = list[Mapping[str, object]]
 ORT, OV, RTX = onnxruntime.Config(), openvino.Config(), tensorrt_rtx.Config(capabilities=("sm89",))
@@ -70,12 +70,8 @@ def save_module(run: Path) -> ModelPackage:
     manifest = Manifest(
         stage="train",
         key="0" * 64,
-        model=spec,
-        inputs=(TensorSpec(name="image", shape=(None, 1, 28, 28), dtype="float32", meaning="normalised image"),),
-        outputs=(TensorSpec(name="logits", shape=(None, 10), dtype="float32"),),
-        preprocess=Spec(size=(28, 28), channels=1, mean=(0.286,), std=(0.353,)),
-        class_names=tuple("abcdefghij"),
-        task={"kind": "classify"},
+        **classifier(spec, class_names="abcdefghij"),
+        input=Spec(size=(28, 28), channels=1, mean=(0.286,), std=(0.353,)),
     )
     return save_package(
         run / "packages" / "00-train", manifest=manifest, recipe_yaml=recipe_yaml(recipe()), model=build(spec)
@@ -83,11 +79,10 @@ def save_module(run: Path) -> ModelPackage:
 
 
 def save_foreign(run: Path, graph: Path) -> ModelPackage:
-    """What `bmctl import model.onnx` makes: a graph without task or preprocessing."""
-    manifest = Manifest(stage="import", key="0" * 64)
-    return save_package(
-        run / "packages" / "00-import", manifest=manifest, recipe_yaml=recipe_yaml(recipe()), graph=graph
-    )
+    """What `bmctl import model.onnx` makes: a graph without task or input."""
+    manifest = Manifest(stage="import", key="0" * 64, parts={PART: read_signature(graph)})
+    text, graphs = recipe_yaml(recipe()), {PART: GraphFile(graph)}
+    return save_package(run / "packages" / "00-import", manifest=manifest, recipe_yaml=text, graphs=graphs)
 
 
 @pytest.fixture
@@ -123,37 +118,42 @@ def test_every_artifact_says_what_it_is(exported: tuple[Path, list[export.Deploy
     for one in deployed:
         manifest = open_deployed(one.path).manifest
         assert manifest == one.manifest and one.hash == store.manifest_hash(one.path)
-        assert set(manifest.files) == {manifest.artifact, export.SAMPLE}
-        assert manifest.artifact == f"model{BACKENDS[manifest.backend].SUFFIX}" and one.artifact.is_file()
+        part = manifest.parts[PART]
+        assert set(manifest.files) == {part.artifact, export.SAMPLE}
+        assert part.artifact == f"model{BACKENDS[manifest.backend].SUFFIX}" and one.artifacts[PART].is_file()
         assert manifest.package == store.manifest_hash(package)
-        assert (manifest.inputs[0].name, manifest.inputs[0].meaning) == ("image", "normalised image")
-        assert manifest.precision == "fp32" and manifest.class_names == tuple("abcdefghij")
-        assert manifest.batch.max == 16 and manifest.machine["cores"] and manifest.meta["version"]
+        about = ModelPackage(package, _manifest(run)).manifest
+        assert {PART: part.signature} == about.parts
+        assert (manifest.input, manifest.task, manifest.facts) == (about.input, about.task, about.facts)
+        assert manifest.precision == part.precision == "fp32"
+        assert manifest.axes["batch"].max == 16 and manifest.machine["cores"] and part.meta["version"]
     assert not [path for path in (run / "deploy").iterdir() if path.name.startswith(".")]
 
 
 def test_what_ran_is_proven_and_what_did_not_says_why(exported: tuple[Path, list[export.Deployed], Events]) -> None:
     _, (ort, ov, rtx), events = exported
     for one in (ort, ov):
-        proof = one.manifest.parity
+        proof = one.manifest.parts[PART].parity
         assert one.manifest.status == "ran" and proof is not None and proof.passed and proof.error < proof.tolerance
-        assert (proof.reference, proof.num_samples) == ("eager", export.NUM_COMPARED)
+        assert (proof.reference, proof.num_samples) == ("eager", reference.NUM_COMPARED)
     if not tensorrt_rtx.unavailable(RTX):
         pytest.skip("this machine runs the engine")
-    assert (rtx.manifest.status, rtx.manifest.parity) == ("built, not run", None)
-    assert "GPU" in rtx.manifest.reason and rtx.manifest.meta["capabilities"] == ["sm89"]
+    part = rtx.manifest.parts[PART]
+    assert (rtx.manifest.status, part.parity) == ("built, not run", None)
+    assert "GPU" in rtx.manifest.reason and part.meta["capabilities"] == ["sm89"]
     assert any("built, not run" in str(event.get("text")) for event in events)
 
 
 def test_the_sample_is_real_data_and_its_reference(exported: tuple[Path, list[export.Deployed], Events]) -> None:
     run, (ort, *_), _ = exported
-    sample = load_file(ort.path / export.SAMPLE)
-    x, y = sample["image"], sample["logits"]
+    (call,) = read_sample(ort)
+    x, y = call.feed["input"], call.outputs["logits"]
     assert x.shape == (export.NUM_KEPT, 1, 28, 28) and abs(float(x.min()) + 0.286 / 0.353) < 1e-5, "black is black"
-    model = load_model(ModelPackage(run / "packages" / "00-train", _manifest(run)))
-    np.testing.assert_allclose(y, eager_part(model)(x), rtol=1e-4, atol=1e-5)
-    with open_runner(ort) as runner:
-        np.testing.assert_allclose(runner.run({"image": x})["logits"], y, rtol=1e-3, atol=1e-4)
+    with ExitStack() as stack:
+        eager = open_parts(ModelPackage(run / "packages" / "00-train", _manifest(run)), stack)[PART]
+        np.testing.assert_allclose(y, eager.run({"input": x})["logits"], rtol=1e-4, atol=1e-5)
+        built = open_runners(ort, stack)[PART]
+        np.testing.assert_allclose(built.run({"input": x})["logits"], y, rtol=1e-3, atol=1e-4)
 
 
 def _manifest(run: Path) -> Manifest:
@@ -188,7 +188,7 @@ def test_nothing_is_built_twice(
     again: Callable[..., Any], run: Path, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = store.manifest_hash(run / "deploy" / "onnxruntime")
-    monkeypatch.setattr(export, "export_onnx", lambda *a, **k: pytest.fail("exported again"))
+    monkeypatch.setattr(reference, "export_onnx", lambda *a, **k: pytest.fail("exported again"))
     deployed = again(ORT, OV)
     assert [one.manifest.backend for one in deployed] == ["onnxruntime", "openvino"]
     assert deployed[0].hash == before and [event["event"] for event in events] == ["skip", "skip"]
@@ -216,12 +216,13 @@ def test_an_unproven_engine_is_proven_once_it_can_run(
         pytest.skip("this machine runs the engine")
     monkeypatch.setattr(tensorrt_rtx, "unavailable", lambda config: "")
     monkeypatch.setattr(
-        tensorrt_rtx, "open", lambda artifact, config, meta: onnxruntime.open(
-            run / "deploy" / "onnxruntime" / "model.onnx", config=ORT
+        tensorrt_rtx, "open", lambda artifact, config, signature, meta: onnxruntime.open(
+            run / "deploy" / "onnxruntime" / "model.onnx", config=ORT, signature=signature
         )
     )  # fmt: skip
     (one,) = again(RTX)
-    assert one.manifest.status == "ran" and one.manifest.parity is not None and one.manifest.parity.passed
+    proof = one.manifest.parts[PART].parity
+    assert one.manifest.status == "ran" and proof is not None and proof.passed
 
 
 def test_a_changed_artifact_is_refused(again: Callable[..., Any], run: Path) -> None:
@@ -238,10 +239,25 @@ def test_a_changed_artifact_is_refused(again: Callable[..., Any], run: Path) -> 
 # -- refusals ---------------------------------------------------------------------------------------
 
 
+class Zeros:
+    """A runtime that computes something else."""
+
+    def __init__(self, signature: Signature) -> None:
+        self.signature, self.bounds = signature, {}
+
+    def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"logits": np.zeros((len(feed["input"]), 10), np.float32)}
+
+    def __enter__(self) -> Zeros:
+        return self
+
+    def __exit__(self, *raised: object) -> None: ...
+
+
 def test_a_wrong_artifact_is_kept_aside(again: Callable[..., Any], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A runtime that computes something else must not be published, and what it built stays to be looked at."""
+    """It must not be published, and what was built stays to be looked at."""
     before = store.manifest_hash(run / "deploy" / "openvino")
-    monkeypatch.setattr(export, "_run", lambda runner, x: np.zeros((len(x), 10), np.float32))
+    monkeypatch.setattr(openvino, "open", lambda *args, signature, **kwargs: Zeros(signature))
     with pytest.raises(GateError, match="openvino computes something else than eager") as caught:
         again(OV, overwrite=True)
     assert caught.value.exit_code == 8
@@ -289,8 +305,9 @@ def test_a_foreign_graph_is_proven_on_noise(foreign: ModelPackage, events: Event
     run = foreign.path.parents[1]
     context = replace(make_context(run, events), recipe=recipe(data=None, task=None))
     ort, ov = export.export_package(context, foreign, backends=[ORT, OV], into=run / "deploy")
-    assert ov.manifest.parity is not None and ov.manifest.parity.reference.startswith("the graph on ONNX Runtime")
-    assert ort.artifact.read_bytes() == foreign.graph.read_bytes()
+    proof = ov.manifest.parts[PART].parity
+    assert proof is not None and proof.reference.startswith("the graph on ONNX Runtime")
+    assert ort.artifacts[PART].read_bytes() == foreign.graphs[PART].read_bytes()
     assert any("noise" in str(event.get("text")) for event in events)
 
 
@@ -301,34 +318,6 @@ def test_a_quantized_graph_is_proven_with_the_tolerance_of_int8(tmp_path: Path, 
     context = replace(make_context(tmp_path / "run", events), recipe=recipe(data=None, task=None))
     deployed = export.export_package(context, package, backends=[ORT, OV], into=tmp_path / "run" / "deploy")
     for one in deployed:
-        assert one.manifest.precision == "int8" and one.manifest.parity is not None
-        assert one.manifest.parity.tolerance == parity.TOLERANCE["int8"]
-
-
-def test_two_inputs_are_refused(foreign: ModelPackage, events: Events) -> None:
-    import onnx
-
-    model = onnx.load(foreign.graph)
-    model.graph.input.append(onnx.helper.make_tensor_value_info("other", onnx.TensorProto.FLOAT, ["n", 4]))
-    foreign.graph.write_bytes(model.SerializeToString())
-    context = replace(make_context(foreign.path.parents[1], events), recipe=recipe(data=None, task=None))
-    with pytest.raises(UnsupportedError, match="has 2 inputs"):
-        export.export_package(context, foreign, backends=[ORT], into=foreign.path.parents[1] / "deploy")
-
-
-# -- the comparison itself --------------------------------------------------------------------------
-
-
-def judge(reference: Any, got: Any) -> parity.Parity:
-    arrays = (np.asarray(array, np.float32) for array in (reference, got))
-    return parity.compare(*arrays, tolerance=0.1, min_agreement=1.0, source="test")
-
-
-def test_parity() -> None:
-    assert judge([[1, 10], [10, 1]], [[1, 10.5], [10, 1]]).passed
-    assert judge([[1, 10]], [[1, 12]]).error == pytest.approx(0.2) and not judge([[1, 10]], [[1, 12]]).passed
-    flipped = judge([[9, 10], [10, 0]], [[10, 9.5], [10, 0]])
-    assert flipped.agreement == 0.5 and not flipped.passed
-    assert judge([[9.9, 10]], [[10, 9.9]]).agreement == 1.0, "a tie"
-    for bad in ([[np.nan, 10]], [[1, 10], [1, 10]], [[np.inf, 10]]):
-        assert not judge([[1, 10]], bad).passed
+        proof = one.manifest.parts[PART].parity
+        assert one.manifest.precision == "int8" and proof is not None
+        assert proof.tolerance == parity.TOLERANCE["int8"]

@@ -5,28 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tests.specs import image_spec
+from tests.engine.exporting import export, signature
+from tests.specs import classifier, image_spec
 from torch import nn
 
-from bmctl.backends import onnxruntime
+from bmctl.backends import eager, onnxruntime
 from bmctl.core import scores
 from bmctl.core.evaluation import Evaluation
-from bmctl.engine.artifacts.graph import export_onnx
+from bmctl.core.runner import Bounds, Runner
 from bmctl.engine.context import StageContext
-from bmctl.engine.evaluation.evaluate import (
-    eager_part,
-    evaluate_artifact,
-    evaluate_part,
-    find_evaluation,
-    keep_evaluation,
-    runner_part,
-)
+from bmctl.engine.evaluation.evaluate import evaluate_artifact, evaluate_parts, find_evaluation, keep_evaluation
 from bmctl.engine.loading.arrays import array_batches
 from bmctl.engine.loading.data import open_split
 from bmctl.engine.parallel import Group
@@ -34,13 +29,12 @@ from bmctl.errors import DivergedError, GateError, InterruptedRunError, PackageE
 from bmctl.inputs import Resolved
 from bmctl.inputs.image import Spec
 from bmctl.models import build
-from bmctl.package import Manifest, ModelPackage, save_package
+from bmctl.package import PART, GraphFile, Manifest, ModelPackage, save_package
 from bmctl.processes.signals import Stop
 from bmctl.recipe import Recipe
-from bmctl.schema import TensorSpec
 from bmctl.tasks import TASKS, classify
 
-PREPROCESS = Spec(size=(8, 8), channels=1, mean=(0.5,), std=(0.5,))
+GIVEN = Resolved(Spec(size=(8, 8), channels=1, mean=(0.5,), std=(0.5,)))
 HASH = "ab" * 32
 SPEC = image_spec("bmctl:mlp", size=(8, 8))
 
@@ -72,20 +66,30 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 10))
 
 
+Function = Callable[[np.ndarray], np.ndarray]
+
+
 class Counting:
-    """A part that counts how often it is run."""
+    """A runner of a function of arrays that counts how often it is called."""
 
-    def __init__(self, part: Any) -> None:
-        self.part, self.calls = part, 0
+    signature = signature(1, 8, 8)
+    bounds: Mapping[str, Bounds] = {}
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
+    def __init__(self, function: Function) -> None:
+        self.calls, self._function = 0, function
+
+    def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         self.calls += 1
-        result: np.ndarray = self.part(x)
-        return result
+        return {"logits": self._function(feed["input"])}
 
 
-def evaluate(context: StageContext, part: Any, **changes: Any) -> Evaluation:
-    return evaluate_part(context, part, **{"split": "test", "preprocess": PREPROCESS, "artifact": HASH} | changes)
+def eagerly(model: nn.Module) -> Function:
+    runner = eager.open_module(model, signature=Counting.signature)
+    return lambda x: runner.run({"input": x})["logits"]
+
+
+def evaluate(source: StageContext | Recipe, runner: Runner, **changes: Any) -> Evaluation:
+    return evaluate_parts(source, {"model": runner}, **{"split": "test", "given": GIVEN, "artifact": HASH} | changes)
 
 
 def hits(found: Evaluation) -> np.ndarray:
@@ -93,11 +97,11 @@ def hits(found: Evaluation) -> np.ndarray:
 
 
 def test_it_is_the_share_of_right_answers(context: StageContext, model: nn.Module) -> None:
-    split = open_split(context.data, name="test", given=Resolved(PREPROCESS))
+    split = open_split(context.data, name="test", given=GIVEN)
     x, y = next(array_batches(split, batch_size=len(split))).values()
     with torch.no_grad():
         right = (model.eval()(torch.from_numpy(x)).argmax(1) == torch.from_numpy(y)).numpy()
-    found = evaluate(context, eager_part(model))
+    found = evaluate(context, Counting(eagerly(model)))
     assert len(found.counts) == 90
     assert found.value == pytest.approx(right.mean())
     assert np.array_equal(hits(found), right)
@@ -105,83 +109,69 @@ def test_it_is_the_share_of_right_answers(context: StageContext, model: nn.Modul
 
 def test_a_module_is_evaluated_as_in_inference(context: StageContext, model: nn.Module) -> None:
     """Batch statistics would make the result depend on the batch size."""
-    part = eager_part(model)
+    logits = eagerly(model)
     model.train()
     x = np.random.default_rng(0).random((6, 1, 8, 8), dtype=np.float32)
-    assert np.allclose(part(x)[:2], part(x[:2]), atol=1e-5)
+    assert np.allclose(logits(x)[:2], logits(x[:2]), atol=1e-5)
 
 
 def test_the_graph_scores_as_the_module_does(context: StageContext, model: nn.Module, tmp_path: Path) -> None:
     graph = tmp_path / "model.onnx"
-    export_onnx(model.eval(), example=torch.zeros(2, 1, 8, 8), out=graph)
-    eager = evaluate(context, eager_part(model), artifact=None)
+    export(model.eval(), torch.zeros(2, 1, 8, 8), graph)
+    eager = evaluate(context, Counting(eagerly(model)), artifact=None)
     with onnxruntime.open(graph, config=onnxruntime.Config()) as runner:
-        built = evaluate(context, runner_part(runner), artifact=None, backend="onnxruntime")
+        built = evaluate(context, runner, artifact=None, backend="onnxruntime")
     assert np.array_equal(hits(eager), hits(built))
     assert built.values["loss"] == pytest.approx(eager.values["loss"], rel=1e-4)
 
 
-def test_a_short_batch_is_filled_up_and_cut_off() -> None:
-    class Runner:
-        inputs = (TensorSpec(name="input", shape=(None, 2), dtype="float32"),)
-        outputs = (TensorSpec(name="logits", shape=(None, 2), dtype="float32"),)
-
-        def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            assert len(feed["input"]) >= 4
-            return {"logits": feed["input"] * 2}
-
-    x = np.arange(6, dtype=np.float32).reshape(3, 2)
-    assert np.array_equal(runner_part(Runner(), min_batch=4)(x), x * 2)
-
-
 def test_the_data_is_read_once_per_artifact(context: StageContext, model: nn.Module) -> None:
-    part = Counting(eager_part(model))
-    first = evaluate(context, part, batch_size=32)
-    assert part.calls == 3
-    second = evaluate(context, part, batch_size=32)
-    assert part.calls == 3
+    runner = Counting(eagerly(model))
+    first = evaluate(context, runner)
+    assert runner.calls == 2
+    second = evaluate(context, runner)
+    assert runner.calls == 2
     assert np.array_equal(first.counts, second.counts)
     assert (first.values, first.baseline) == (second.values, second.baseline)
     assert (context.run / "evaluations" / f"{HASH[:12]}-test.json").is_file()
 
 
 def test_without_an_artifact_nothing_is_kept(context: StageContext, model: nn.Module) -> None:
-    evaluate(context, eager_part(model), artifact=None)
-    evaluate_part(context.recipe, eager_part(model), split="val", preprocess=PREPROCESS, artifact=HASH)
+    evaluate(context, Counting(eagerly(model)), artifact=None)
+    evaluate(context.recipe, Counting(eagerly(model)), split="val")
     assert not (context.run / "evaluations").exists()
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("changed", "option"),
     [
-        {"artifact": HASH[:12] + "0" * 52},
-        {"backend": "openvino"},
-        {"preprocess": PREPROCESS.model_copy(update={"mean": (0.4,)})},
+        ("artifact", {"artifact": HASH[:12] + "0" * 52}),
+        ("backend", {"backend": "openvino"}),
+        ("input", {"given": Resolved(GIVEN.spec.model_copy(update={"mean": (0.4,)}))}),
     ],
-    ids=["artifact", "backend", "preprocess"],
 )
 def test_an_evaluation_of_something_else_is_not_taken(
-    context: StageContext, model: nn.Module, change: dict[str, Any]
+    context: StageContext, model: nn.Module, changed: str, option: dict[str, Any]
 ) -> None:
-    part = Counting(eager_part(model))
-    evaluate(context, part)
-    before = part.calls
-    evaluate(context, part, **change)
-    assert part.calls > before
-    assert any("evaluating again" in text and next(iter(change)) in text for text in context.emit.notes())
+    runner = Counting(eagerly(model))
+    evaluate(context, runner)
+    before = runner.calls
+    evaluate(context, runner, **option)
+    assert runner.calls > before
+    assert any("evaluating again" in text and changed in text for text in context.emit.notes())
 
 
 def test_other_limits_are_other_samples(context: StageContext, model: nn.Module) -> None:
-    part = Counting(eager_part(model))
-    evaluate(context, part)
-    found = evaluate(dataclasses.replace(context, recipe=recipe(test={"limit": 50})), part)
+    runner = Counting(eagerly(model))
+    evaluate(context, runner)
+    found = evaluate(dataclasses.replace(context, recipe=recipe(test={"limit": 50})), runner)
     assert len(found.counts) == 50
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "missing counts", "empty"])
 def test_a_damaged_file_is_made_again_and_that_is_said(context: StageContext, model: nn.Module, damage: str) -> None:
-    part = Counting(eager_part(model))
-    evaluate(context, part)
+    runner = Counting(eagerly(model))
+    evaluate(context, runner)
     path = context.run / "evaluations" / f"{HASH[:12]}-test.json"
     text = path.read_text()
     content = json.loads(text)
@@ -191,18 +181,18 @@ def test_a_damaged_file_is_made_again_and_that_is_said(context: StageContext, mo
         del content["counts"][2]
     whole = json.dumps(content)
     path.write_text({"truncated": whole[:-20], "foreign": '{"a": 1}', "empty": ""}.get(damage, whole))
-    before = part.calls
-    again = evaluate(context, part)
-    assert part.calls > before
+    before = runner.calls
+    again = evaluate(context, runner)
+    assert runner.calls > before
     assert any("not readable" in note for note in context.emit.notes())
     assert path.read_text() == text
     assert len(again.counts) == 90
 
 
 def test_what_was_evaluated_earlier_can_be_filed(context: StageContext, model: nn.Module) -> None:
-    where = {"artifact": HASH, "backend": "eager", "split": "val", "preprocess": PREPROCESS}
+    where = {"artifact": HASH, "backend": "eager", "split": "val", "given": GIVEN}
     assert find_evaluation(context, **where) is None
-    found = evaluate(context, eager_part(model), artifact=None, split="val")
+    found = evaluate(context, Counting(eagerly(model)), artifact=None, split="val")
     keep_evaluation(context, found, **where)
     known = find_evaluation(context, **where)
     assert known is not None
@@ -217,9 +207,9 @@ def broken(x: np.ndarray) -> np.ndarray:
 
 def test_outputs_that_are_not_finite_are_refused(context: StageContext) -> None:
     with pytest.raises(DivergedError, match="1 of 640 outputs"):
-        evaluate(context, broken)
+        evaluate(context, Counting(broken))
     with pytest.raises(GateError, match="not finite on onnxruntime"):
-        evaluate(context, broken, backend="onnxruntime")
+        evaluate(context, Counting(broken), backend="onnxruntime")
     assert not list(context.run.glob("evaluations/*.json"))
 
 
@@ -227,47 +217,47 @@ def test_outputs_that_are_not_finite_are_refused(context: StageContext) -> None:
 def test_a_signal_ends_it_and_nothing_is_kept(
     context: StageContext, model: nn.Module, signum: signal.Signals, code: int
 ) -> None:
-    part = eager_part(model)
+    logits = eagerly(model)
 
     def stopping(x: np.ndarray) -> np.ndarray:
         context.stop.request(signum)
-        return part(x)
+        return logits(x)
 
     with pytest.raises(InterruptedRunError) as caught:
-        evaluate(context, stopping, batch_size=16)
+        evaluate(context, Counting(stopping))
     assert caught.value.exit_code == code
     assert not list(context.run.glob("evaluations/*.json"))
 
 
 def test_progress_is_told(context: StageContext, model: nn.Module) -> None:
-    evaluate(context, eager_part(model), batch_size=45)
+    evaluate(context, Counting(eagerly(model)))
     done = [(e["done"], e["total"]) for e in context.emit if e["event"] == "progress"]
-    assert done == [(45, 90), (90, 90)]
+    assert done == [(64, 90), (90, 90)]
 
 
 def test_without_data_there_is_no_metric(model: nn.Module) -> None:
     with pytest.raises(UsageError, match="has no data"):
-        evaluate_part(Recipe(name="bare"), eager_part(model), split="val", preprocess=PREPROCESS)
+        evaluate(Recipe(name="bare"), Counting(eagerly(model)), split="val")
 
 
 # -- what lies on disk ------------------------------------------------------------------------------
 
 
-def saved(run: Path, *, graph: Path | None = None, preprocess: Spec | None = PREPROCESS) -> ModelPackage:
+def saved(run: Path, *, graph: Path | None = None, given: Resolved | None = GIVEN) -> ModelPackage:
     torch.manual_seed(1)
     return save_package(
         run / "packages" / ("00-import" if graph else "00-train"),
-        manifest=Manifest(stage="train", key="k", model=SPEC, preprocess=preprocess),
+        manifest=Manifest(stage="train", key="k", **classifier(SPEC), input=given.spec if given else None),
         recipe_yaml="name: digits\n",
         model=None if graph else build(SPEC),
-        graph=graph,
+        graphs={PART: GraphFile(graph)} if graph else None,
     )
 
 
 def test_a_package_is_evaluated_and_then_read(context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
     package = saved(context.run)
     first = evaluate_artifact(context, package.path, split="val")
-    monkeypatch.setattr("bmctl.engine.evaluation.evaluate.load_model", None)  # would be called to evaluate again
+    monkeypatch.setattr("bmctl.engine.evaluation.evaluate.open_parts", None)  # would be called to evaluate again
     second = evaluate_artifact(context, context.run, split="val")
     assert np.array_equal(first.counts, second.counts)
     assert scores.path_of(context.run, artifact=package.hash, split="val").is_file()
@@ -277,18 +267,18 @@ def test_a_frozen_package_is_evaluated_as_its_graph(context: StageContext, tmp_p
     torch.manual_seed(1)
     model = build(SPEC).eval()
     graph = tmp_path / "foreign.onnx"
-    export_onnx(model, example=torch.zeros(2, 1, 8, 8), out=graph)
+    export(model, torch.zeros(2, 1, 8, 8), graph)
     frozen = saved(context.run, graph=graph)
     found = evaluate_artifact(context, frozen.path, split="val")
-    again = evaluate(context, eager_part(model), split="val", artifact=None)
+    again = evaluate(context, Counting(eagerly(model)), split="val", artifact=None)
     assert np.array_equal(hits(found), hits(again))
     kept = scores.read(scores.path_of(context.run, artifact=frozen.hash, split="val"), tasks=TASKS)
     assert kept.key.backend == "onnxruntime"
 
 
-def test_a_package_without_preprocessing_has_no_metric(context: StageContext) -> None:
-    package = saved(context.run, preprocess=None)
-    with pytest.raises(UsageError, match="does not record how images become its input"):
+def test_a_package_that_records_no_input_has_no_metric(context: StageContext) -> None:
+    package = saved(context.run, given=None)
+    with pytest.raises(UsageError, match="does not record how samples become its input"):
         evaluate_artifact(context, package.path, split="val")
 
 

@@ -323,8 +323,7 @@ def test_other_threads_are_said(tmp_path: Path) -> None:
     recipe, seen = make_recipe(tmp_path, "train.epochs=1"), Seen()
     fit(make_context(tmp_path / "run", recipe), make_model(recipe))
     context = make_context(tmp_path / "run", recipe, seen=seen, resume=True)
-    group = type(context.group)(**{**vars(context.group), "threads": 3})
-    fit(type(context)(**{**vars(context), "group": group}), make_model(recipe))
+    fit(replace(context, group=replace(context.group, threads=3)), make_model(recipe))
     assert "not the same weights bit for bit" in seen.notes
 
 
