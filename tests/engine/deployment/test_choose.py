@@ -138,7 +138,7 @@ def test_a_bare_onnx_file(trained: Path, tmp_path: Path) -> None:
     path = shutil.copy(trained / "deploy" / "onnxruntime" / "model.onnx", tmp_path / "bare.onnx")
     with pytest.raises(DataError, match="no record of how they are made for it") as caught:
         predict(path, "bundled:samples")
-    assert "'input' float32 ['n', 1, 28, 28]" in caught.value.hint
+    assert "'input' float32 [batch, 1, 28, 28]" in caught.value.hint
     np.savez(tmp_path / "x.npz", input=np.zeros((2, 28, 28), np.uint8))
     with pytest.raises(DataError, match="no record of how they are made for it"):
         predict(path, tmp_path / "x.npz")

@@ -197,7 +197,7 @@ BAD_INPUTS: dict[str, tuple[str, Any, str]] = {
     "npz empty": ("x.npz", {"input": np.zeros((0, 1, 28, 28), np.float32)}, "at least 1"),
     "npz scalar": ("x.npz", {"input": np.float32(1)}, "at least 1"),
     "npz float64": ("x.npz", {"input": np.zeros((1, 1, 28, 28))}, "is float64, expected float32"),
-    "npz other size": ("x.npz", {"input": np.zeros((1, 1, 28, 27), np.float32)}, r"expected \[n, 1, 28, 28\]"),
+    "npz other size": ("x.npz", {"input": np.zeros((1, 1, 28, 27), np.float32)}, r"expected \[batch, 1, 28, 28\]"),
     "npz nan": ("x.npz", {"input": np.full((1, 1, 28, 28), np.nan, np.float32)}, "nan or inf"),
     "npz pixels of 4 channels": ("x.npz", {"input": np.zeros((1, 28, 28, 4), np.uint8)}, "expected images"),
 }

@@ -82,12 +82,3 @@ def of_batch(feed: Feed, *, signature: Signature, size: int) -> Feed:
         name: np.ascontiguousarray(np.take(array, index, axis=axes[name])) if name in axes else array
         for name, array in feed.items()
     }
-
-
-def batch_of(feed: Feed, *, signature: Signature) -> int:
-    """How many samples a feed holds: its size along `batch`, else the first axis that all inputs share, else 1."""
-    for spec in signature.inputs:
-        if BATCH in spec.shape:
-            return int(feed[spec.name].shape[spec.shape.index(BATCH)])
-    first = {array.shape[0] for array in feed.values() if array.ndim}
-    return int(first.pop()) if len(first) == 1 else 1

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from bmctl.core.requests import OnBad, Requested, Requests
+from bmctl.core.runner import shown
 from bmctl.errors import DataError
 from bmctl.inputs import INPUTS, Resolved
 from bmctl.schema import Emit, TensorSpec
@@ -59,9 +60,7 @@ def open_requests(
 
 def _input_of(inputs: Sequence[TensorSpec], given: Resolved | None, *, source: str) -> Resolved:
     if given is None or len(INPUTS[given.spec.kind].specs(given.spec)) != len(inputs):
-        if not Path(source).exists():
-            raise DataError(f"{source} does not exist", hint="name an .npz with an array for each input")
-        wants = ", ".join(f"{spec.name!r} {spec.dtype} {['n', *spec.shape[1:]]}" for spec in inputs)
+        wants = ", ".join(f"{spec.name!r} {spec.dtype} {shown(spec)}" for spec in inputs)
         raise DataError(
             f"{source} holds no prepared arrays, and this model has no record of how they are made for it",
             hint=f"give an .npz with prepared arrays: {wants}",
