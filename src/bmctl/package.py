@@ -62,7 +62,6 @@ class Manifest(Strict):
         task: Its Config.
         facts: What the task knows of its data, such as the names of the classes.
         aliases: Tensors that share another one's memory (tied weights): their names, and the one that is stored.
-        axes: Sizes of a foreign graph's free axes but the batch, as they were found by trying it.
         history: Compression steps, oldest first.
         metrics: ``val`` {metric, value, low, high, baseline}, num_params, macs, size_bytes, latency_ms, ...
         files: Every other file of the package.
