@@ -52,10 +52,10 @@ def external(folder: Path, **changes: str) -> Path:
 def test_a_sound_file_is_read(tmp_path: Path) -> None:
     path = save(tmp_path / "model.onnx", linear())
     onnxfile.check_onnx(path)
-    inputs, outputs = onnxfile.read_specs(path)
-    assert [(s.name, s.shape, s.dtype) for s in (*inputs, *outputs)] == [
-        ("input", (None, 4), "float32"),
-        ("logits", (None, 3), "float32"),
+    found = onnxgraph.read_signature(path)
+    assert [(s.name, s.shape, s.dtype) for s in (*found.inputs, *found.outputs)] == [
+        ("input", ("batch", 4), "float32"),
+        ("logits", ("batch", 3), "float32"),
     ]
     assert onnxgraph.precision_of(path) == "fp32" and not onnxgraph.is_quantized(path)
     assert onnxgraph.data_files(path) == []

@@ -46,16 +46,17 @@ class Run:
 
     def package(self, name: str, *, frozen: bool = False, **metrics: Any) -> str:
         folder = self.path / "packages" / name
-        folder.mkdir(parents=True)
-        (folder / ("model.onnx" if frozen else "weights.safetensors")).write_bytes(b"w" * (300 if frozen else 1200))
+        content = folder / ("graphs/model.onnx" if frozen else "weights.safetensors")
+        content.parent.mkdir(parents=True)
+        content.write_bytes(b"w" * (300 if frozen else 1200))
         (folder / "recipe.yaml").write_text("name: r\n")
         manifest = package.Manifest(
             stage=name[3:],
             key=name,
             frozen=frozen,
+            notes=metrics.pop("notes", ()),
             metrics=metrics,
             files=store.records(folder),
-            notes=metrics.pop("notes", ()),
         )
         store.write_manifest(folder, manifest)
         return store.manifest_hash(folder)
@@ -63,11 +64,15 @@ class Run:
     def artifact(self, name: str, *, of: str, **fields: Any) -> str:
         folder = self.path / "deploy" / name
         folder.mkdir(parents=True)
-        (folder / "model.xml").write_bytes(b"x" * 100)
-        (folder / "model.bin").write_bytes(of.encode())
+        parts = {"encoder": b"e" * 100, "model": of.encode()}
+        for part, content in parts.items():
+            (folder / f"{part}.onnx").write_bytes(content)
+        (folder / "files").mkdir()
+        (folder / "files" / "model.json").write_bytes(b"j" * 2000)
         (folder / "sample.safetensors").write_bytes(b"s" * 5000)
         files = {file: record.model_dump() for file, record in store.records(folder).items()}
         manifest = {"backend": folder.name, "package": of, "precision": "fp32", "status": "ran", "files": files}
+        manifest["parts"] = {part: {"artifact": f"{part}.onnx"} for part in parts}
         (folder / "manifest.json").write_text(json.dumps(manifest | fields))
         return store.manifest_hash(folder)
 
@@ -76,7 +81,7 @@ class Run:
 
     def file(self, artifact: str, found: Evaluation, *, split: str = "test", data: str = "d") -> None:
         key = scores.Key(
-            artifact=artifact, backend="b", data=data, split=split, limit=None, task={"kind": found.task}, preprocess={}
+            artifact=artifact, backend="b", data=data, split=split, limit=None, task={"kind": found.task}, input={}
         )
         path = scores.path_of(self.path, artifact=artifact, split=split)
         path.parent.mkdir(exist_ok=True)
@@ -108,7 +113,9 @@ def run(tmp_path: Path) -> Run:
 def whole(run: Run) -> Run:
     """Trained and quantized, both on two runtimes, and an engine that was not run."""
     train = run.package("00-train", num_params=315_146, macs=31_200_000, size_bytes=1_259_000, precision="fp32")
-    ptq = run.package("01-ptq", frozen=True, num_params=80_123, macs=8_200_000, notes=("calibrated on 300 samples",))
+    ptq = run.package(
+        "01-ptq", frozen=True, num_params=80_123, macs=8_200_000, size_bytes=300, notes=("calibrated on 300 samples",)
+    )
     for artifact, name in ((train, "train"), (ptq, "ptq")):
         run.evaluation(artifact, run.hits[name])
     hashes = {}
@@ -147,8 +154,8 @@ def test_there_is_one_row_per_package_and_artifact_in_order(whole: Run) -> None:
 def test_sizes_and_counts_are_of_what_computes(whole: Run) -> None:
     found = rows_of(report.collect(whole.path))
     assert found["packages/00-train"].size_bytes == 1_259_000  # as the manifest records it
-    assert found["packages/01-ptq"].size_bytes == 300  # the graph
-    assert found["deploy/openvino"].size_bytes == 100 + 64  # both of its files, not the sample
+    assert found["packages/01-ptq"].size_bytes == 300
+    assert found["deploy/openvino"].size_bytes == 100 + 64  # of both parts, not of the sample
     assert found["deploy/openvino"].num_params == 80_123
     assert found["deploy/baseline/openvino"].macs == 31_200_000
 

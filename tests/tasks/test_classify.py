@@ -2,28 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Self
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import f1_score, log_loss
+from tests.specs import image_spec
 
+from bmctl.core.columns import Class, Picture, Text
+from bmctl.core.evaluation import Evaluation
+from bmctl.core.runner import Bounds
 from bmctl.errors import DataError, DivergedError
-from bmctl.tasks import TASKS, classify
+from bmctl.schema import Signature, TensorSpec
+from bmctl.tasks import TASKS, Part, Task, classify, parts_of
 
 CONFIG = classify.Config()
 RNG = np.random.default_rng(0)
 
 
-def batches(logits: np.ndarray, labels: np.ndarray, *, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The 'inputs' are the logits: the part under test is the identity."""
+class Echo:
+    """A runner whose logits are its input, whatever a foreign graph may call the two."""
+
+    bounds: Mapping[str, Bounds] = {}
+
+    def __init__(self, *, takes: str = "input", gives: str = "logits") -> None:
+        taken, given = (TensorSpec(name=name, dtype="float32", shape=("batch", "classes")) for name in (takes, gives))
+        self.signature = Signature(inputs=(taken,), outputs=(given,))
+
+    def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {self.signature.outputs[0].name: feed[self.signature.inputs[0].name]}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        pass
+
+
+def batches(logits: np.ndarray, labels: np.ndarray, *, size: int) -> Iterator[dict[str, np.ndarray]]:
+    """What the model takes are its logits."""
     for start in range(0, len(labels), size):
-        yield logits[start : start + size], labels[start : start + size]
+        part = slice(start, start + size)
+        yield {"input": logits[part], "label": labels[part]}
 
 
-def evaluate(logits: np.ndarray, labels: np.ndarray, *, size: int = 7) -> object:
-    return classify.evaluate({"model": lambda x: x}, batches(logits, labels, size=size), config=CONFIG)
+def evaluate(logits: np.ndarray, labels: np.ndarray, *, size: int = 7) -> Evaluation:
+    return classify.evaluate({"model": Echo()}, batches(logits, labels, size=size), config=CONFIG)
 
 
 def test_numbers_agree_with_scikit_learn() -> None:
@@ -68,12 +95,49 @@ def test_large_logits_do_not_overflow() -> None:
 def test_nonsense_is_refused(logits: list, labels: list, error: type[Exception], said: str) -> None:
     part = np.array(logits, np.float32)
     with pytest.raises(error, match=said):
-        classify.evaluate({"model": lambda x: part}, [(part, np.array(labels))], config=CONFIG)
+        classify.evaluate({"model": Echo()}, [{"input": part, "label": np.array(labels)}], config=CONFIG)
 
 
 def test_an_empty_split_is_refused() -> None:
     with pytest.raises(DataError, match="empty"):
-        classify.evaluate({"model": lambda x: x}, [], config=CONFIG)
+        classify.evaluate({"model": Echo()}, [], config=CONFIG)
+
+
+def test_a_foreign_graph_may_call_its_tensors_anything() -> None:
+    logits, labels = RNG.normal(size=(9, 3)).astype(np.float32), RNG.integers(0, 3, 9)
+    foreign = {"model": Echo(takes="x:0", gives="probs")}
+    found = classify.evaluate(foreign, batches(logits, labels, size=4), config=CONFIG)
+    assert np.array_equal(found.counts, evaluate(logits, labels).counts)
+
+
+FACTS = classify.Facts(class_names=("a", "b", "c", "d", "e", "f"))
+
+
+def test_predictions_are_ranked_and_named() -> None:
+    batch = {"input": np.array([[0, 3, 1, 3, 2, -1], [9, 0, 0, 0, 0, 0]], np.float32)}
+    first, second = classify.predict({"model": Echo()}, batch, config=CONFIG, facts=FACTS)
+    assert [one["class_name"] for one in first["top"]] == ["b", "d", "e", "c", "a"], "equal scores keep their order"
+    assert first["class_index"] == 1 and first["score"] == first["top"][1]["score"]
+    want = torch.softmax(torch.from_numpy(batch["input"]).double(), dim=1)[0, [1, 3, 4, 2, 0]]
+    assert [one["score"] for one in first["top"]] == pytest.approx(want.tolist(), abs=1e-6)
+    assert classify.words(second) == "a 99.9%"
+    assert set(classify.COLUMNS) <= set(first)
+
+
+def test_predictions_without_facts_and_without_sense() -> None:
+    (one,) = classify.predict({"model": Echo()}, {"input": np.eye(1, 3, 2, np.float32)}, config=CONFIG, facts=None)
+    assert one["class_name"] == "2"
+    with pytest.raises(DivergedError, match="nan or inf"):
+        list(classify.predict({"model": Echo()}, {"input": np.full((1, 3), np.nan)}, config=CONFIG, facts=FACTS))
+
+
+def test_the_data_say_which_classes_there_are() -> None:
+    facts = classify.facts({"picture": Picture(), "label": Class(names=("cat", "dog"))}, CONFIG)
+    assert facts.class_names == ("cat", "dog") and classify.told(facts) == {"num_classes": 2}
+    labels = classify.targets({"label": [1, 0, 1]}, config=CONFIG, facts=facts)["label"]
+    assert labels.tolist() == [1, 0, 1] and labels.dtype == np.int64
+    with pytest.raises(DataError, match="its samples have text, and no label"):
+        classify.facts({"text": Text()}, CONFIG)
 
 
 def named(logits: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -110,8 +174,20 @@ def test_scores_are_per_sample() -> None:
 def test_every_task_has_what_the_engine_calls(kind: str) -> None:
     task = TASKS[kind]
     assert task.Config.model_fields["kind"].default == kind
-    model = torch.nn.Identity()
-    assert list(task.parts(model).values()) == [model]
     assert task.GIVES and all(isinstance(name, str) for name in task.GIVES)
-    for name in ("loss", "score", "distill_loss", "evaluate", "metrics", "means", "predict"):
-        assert callable(getattr(task, name))
+    assert task.METRICS and task.COLUMNS
+    for name, _ in inspect.getmembers(Task, inspect.isfunction):
+        if not name.startswith("_"):
+            assert inspect.signature(getattr(task, name)).parameters.keys() == (
+                inspect.signature(getattr(Task, name)).parameters.keys() - {"self"}
+            ), name
+
+
+def test_a_classifier_is_one_graph() -> None:
+    given = image_spec("bmctl:mlp").given
+    signatures, model = classify.signatures(given, FACTS), torch.nn.Identity()
+    assert signatures["model"].inputs == given
+    (logits,) = signatures["model"].outputs
+    assert (logits.name, logits.shape, logits.role) == ("logits", ("batch", 6), "scores")
+    assert parts_of(classify, model, signatures) == {"model": Part(model, signatures["model"])}
+    assert parts_of(None, model, signatures) == {"model": Part(model, signatures["model"])}, "nobody knows the task"

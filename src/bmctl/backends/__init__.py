@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import Any, Protocol
 
-from bmctl.backends import onnxruntime, openvino, tensorrt, tensorrt_rtx
+from bmctl.core.plugins import plugins
 from bmctl.core.runner import Runner
 from bmctl.schema import Signature, Span, Strict
 
@@ -63,8 +63,12 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS: Mapping[str, ModuleType] = MappingProxyType(
-    {"onnxruntime": onnxruntime, "openvino": openvino, "tensorrt_rtx": tensorrt_rtx, "tensorrt": tensorrt}
+BACKENDS: Mapping[str, ModuleType] = plugins(
+    __name__,
+    "onnxruntime",
+    "openvino",
+    "tensorrt_rtx",
+    "tensorrt",
 )
 
 

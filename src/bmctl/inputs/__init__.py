@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol, TypeAlia
 from pydantic import Field
 
 from bmctl.core.columns import Column
-from bmctl.inputs import image, text
+from bmctl.core.plugins import plugins
 from bmctl.schema import Emit, Span, Strict, TensorSpec
 
 if TYPE_CHECKING:
@@ -169,7 +169,11 @@ class Input(Protocol):
         ...
 
 
-INPUTS: Mapping[str, ModuleType] = MappingProxyType({"image": image, "text": text})
+INPUTS: Mapping[str, ModuleType] = plugins(
+    __name__,
+    "image",
+    "text",
+)
 
 # The table is the single source of what a recipe and a manifest may name; type checkers cannot read a table.
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from bmctl.methods import cast, magnitude, ptq, structured, svd
+from bmctl.core.plugins import plugins
 from bmctl.schema import StepConfig
 
 if TYPE_CHECKING:
@@ -75,8 +75,13 @@ class GraphMethod(Method, Protocol):
         ...
 
 
-METHODS: Mapping[str, ModuleType] = MappingProxyType(
-    {"structured": structured, "magnitude": magnitude, "svd": svd, "ptq": ptq, "cast": cast}
+METHODS: Mapping[str, ModuleType] = plugins(
+    __name__,
+    "structured",
+    "magnitude",
+    "svd",
+    "ptq",
+    "cast",
 )
 """By name; the first of a verb is what its command takes where nothing else is said."""
 

@@ -104,6 +104,19 @@ def image_of(spec: ModelSpec) -> tuple[int, tuple[int, int]]:
     return sizes[0], (sizes[1], sizes[2])
 
 
+def num_inputs(spec: ModelSpec) -> int:
+    """How many numbers a sample is, of a model to which an image is as good as a vector.
+
+    Raises:
+        RecipeError: It is given neither, or images of any size.
+    """
+    shape = spec.given[0].shape
+    if len(spec.given) == 1 and spec.given[0].dtype == "float32" and len(shape) == 2 and isinstance(shape[1], int):
+        return shape[1]
+    channels, (height, width) = image_of(spec)
+    return channels * height * width
+
+
 def check_text(spec: ModelSpec) -> None:
     """Refuse inputs that are no token ids with their mask.
 

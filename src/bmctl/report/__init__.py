@@ -60,24 +60,20 @@ class _Found:
     """What was read so far.
 
     Attributes:
-        hashes: Row name to the hashes that its evaluations may be filed under.
+        hashes: Row name to its manifest's hash, which evaluations and timings know it by.
         filed: (hash, split) to an evaluation.
     """
 
     run: Path
-    hashes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
     filed: dict[tuple[str, str], Filed] = field(default_factory=dict)
     timings: Measurements | None = None
     notes: list[str] = field(default_factory=list)
 
     def evaluations(self, row: str) -> dict[str, Judged]:
         """Of a row, by split."""
-        found = {}
-        for split in SPLITS:
-            hashed = next((h for h in self.hashes[row] if (h, split) in self.filed), None)
-            if hashed is not None:
-                found[split] = judged(self.filed[hashed, split])
-        return found
+        filed = {split: self.filed.get((self.hashes[row], split)) for split in SPLITS}
+        return {split: judged(one) for split, one in filed.items() if one is not None}
 
 
 def collect(run: Path) -> Report:
@@ -165,9 +161,8 @@ def _package_row(found: _Found, path: Path) -> Row:
     manifest = _read_manifest(path)
     metrics = manifest.get("metrics") or {}
     name = f"packages/{path.name}"
-    found.hashes[name] = _hashes(path, manifest)
+    found.hashes[name] = store.manifest_hash(path)
     found.notes += [f"{name}: {note}" for note in manifest.get("notes") or ()]
-    frozen = bool(manifest.get("frozen"))
     return Row(
         name=name,
         kind="package",
@@ -177,7 +172,7 @@ def _package_row(found: _Found, path: Path) -> Row:
         precision=metrics.get("precision"),
         num_params=metrics.get("num_params"),
         macs=metrics.get("macs"),
-        size_bytes=metrics.get("size_bytes") or _size(manifest, "model." if frozen else "weights."),
+        size_bytes=metrics.get("size_bytes"),
         val=manifest_score(metrics.get("val")),
         test=manifest_score(metrics.get("test")),
     )
@@ -186,8 +181,8 @@ def _package_row(found: _Found, path: Path) -> Row:
 def _artifact_row(found: _Found, path: Path, packages: list[Row]) -> Row:
     manifest = _read_manifest(path)
     name = str(path.relative_to(found.run))
-    found.hashes[name] = _hashes(path, manifest)
-    origin = next((row for row in packages if manifest.get("package") in found.hashes[row.name]), None)
+    found.hashes[name] = store.manifest_hash(path)
+    origin = next((row for row in packages if manifest.get("package") == found.hashes[row.name]), None)
     if origin is None:
         found.notes.append(f"{name} was built from a package that is no longer in this run: export again")
     return Row(
@@ -199,26 +194,17 @@ def _artifact_row(found: _Found, path: Path, packages: list[Row]) -> Row:
         precision=manifest.get("precision"),
         num_params=origin.num_params if origin else None,
         macs=origin.macs if origin else None,
-        size_bytes=_size(manifest, "model."),
+        size_bytes=_size(manifest),
         status=manifest.get("status", "ran"),
         reason=manifest.get("reason") or "",
         command_elsewhere=manifest.get("command_elsewhere") or "",
     )
 
 
-def _hashes(path: Path, manifest: Manifest) -> tuple[str, ...]:
-    """The manifest's hash, then those of the files that compute: an evaluation may be filed under any."""
-    files = manifest["files"]
-    return (store.manifest_hash(path), *(files[name]["sha256"] for name in sorted(files) if _computes(name)))
-
-
-def _computes(name: str) -> bool:
-    return name.startswith(("model.", "weights."))
-
-
-def _size(manifest: Manifest, prefix: str) -> int | None:
-    sizes = [record["size_bytes"] for name, record in manifest["files"].items() if name.startswith(prefix)]
-    return sum(sizes) if sizes else None
+def _size(manifest: Manifest) -> int | None:
+    """Bytes of the parts' files: what is recorded with them, or needed to make their inputs, computes nothing."""
+    files = [part["artifact"] for part in (manifest.get("parts") or {}).values()]
+    return sum(manifest["files"][name]["size_bytes"] for name in files) or None
 
 
 # -- comparisons -------------------------------------------------------------------------------------
@@ -240,7 +226,7 @@ def _timings_by_row(found: _Found) -> dict[str, Timing]:
         row = f"deploy/{name}"
         if row not in found.hashes:
             found.notes.append(f"measurements.json times {name}, which is no longer there")
-        elif timing.artifact is not None and timing.artifact not in found.hashes[row]:
+        elif timing.artifact is not None and timing.artifact != found.hashes[row]:
             found.notes.append(f"{row} was built again after it was timed: its speed is left out")
         else:
             timings[row] = timing

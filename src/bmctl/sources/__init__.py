@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bmctl.core.columns import Column
+from bmctl.core.plugins import plugins
 from bmctl.schema import Strict
-from bmctl.sources import bundled, commands, csv, digits, folder, idx, stream, table, webdataset
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,16 +85,15 @@ class Source(Protocol):
         ...
 
 
-SOURCES: Mapping[str, ModuleType] = MappingProxyType(
-    {
-        "bundled": bundled,
-        "commands": commands,
-        "digits": digits,
-        "idx": idx,
-        "folder": folder,
-        "csv": csv,
-        "webdataset": webdataset,
-        "stream": stream,
-        "table": table,
-    }
+SOURCES: Mapping[str, ModuleType] = plugins(
+    __name__,
+    "bundled",
+    "commands",
+    "digits",
+    "idx",
+    "folder",
+    "csv",
+    "webdataset",
+    "stream",
+    "table",
 )

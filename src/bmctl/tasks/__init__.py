@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bmctl.core.columns import Column
 from bmctl.core.evaluation import Evaluation, Metric
+from bmctl.core.plugins import plugins
 from bmctl.core.runner import Runner
 from bmctl.schema import Signature, Strict, TensorSpec
-from bmctl.tasks import classify
 
 if TYPE_CHECKING:
     import numpy as np
@@ -133,7 +133,10 @@ class Task(Protocol):
         ...
 
 
-TASKS: Mapping[str, ModuleType] = MappingProxyType({"classify": classify})
+TASKS: Mapping[str, ModuleType] = plugins(
+    __name__,
+    "classify",
+)
 
 
 def parts_of(task: Any, model: nn.Module, signatures: Mapping[str, Signature]) -> dict[str, Part]:

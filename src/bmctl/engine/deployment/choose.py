@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bmctl import store
-from bmctl.backends import BACKENDS, eager
+from bmctl.backends import BACKENDS, eager, onnxruntime
 from bmctl.core import onnxfile
 from bmctl.core.runner import Batched, Runner
 from bmctl.engine.artifacts import parity
@@ -65,7 +65,7 @@ def open_source(source: Path, *, backend: str = "auto", batch_size: int = 64) ->
         raise UsageError(f"no such backend: {backend}", hint=f"auto, {EAGER}, {', '.join(BACKENDS)}")
     if not source.exists():
         raise PackageError(f"there is nothing at {source}", hint="list your runs with: ls -d runs/*")
-    if source.is_file() and source.suffix not in (".onnx", ".engine"):
+    if source.is_file() and not source.name.endswith(tuple(module.SUFFIX for module in BACKENDS.values())):
         raise PackageError(
             f"{source} is neither an .onnx file nor an engine{store.foreign_note(source)}",
             hint=f"import it first: bmctl import {source} -o RUN",
@@ -79,7 +79,7 @@ def open_source(source: Path, *, backend: str = "auto", batch_size: int = 64) ->
         return _open_artifact(home, file=source if source.is_file() else None, backend=backend)
     if kind == "package" or source.is_dir():
         return _open_package(find_package(home), file=source if source.is_file() else None, backend=backend)
-    if source.suffix == ".engine":
+    if source.suffix != onnxruntime.SUFFIX:
         raise PackageError(
             f"{source} has no manifest beside it: an engine is executable code, only one that bmctl built is opened",
             hint="build it here: bmctl export RUN --tensorrt",
@@ -233,7 +233,7 @@ def _open_package(package: ModelPackage, *, file: Path | None = None, backend: s
 def _open_bare(path: Path, *, backend: str) -> Chosen:
     """An .onnx file of which nothing else is known."""
     name = "onnxruntime" if backend == "auto" else backend
-    if name not in ("onnxruntime", "openvino"):
+    if name == EAGER or BACKENDS[name].SUFFIX != onnxruntime.SUFFIX:
         raise UsageError(f"an .onnx file does not run on {name}", hint=f"bmctl import {path} -o RUN; bmctl export RUN")
     onnxfile.check_onnx(path)
     stack, module = ExitStack(), BACKENDS[name]

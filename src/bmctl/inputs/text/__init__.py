@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from bmctl.schema import BATCH, Count, Emit, Span, Strict, TensorSpec
+from bmctl.inputs.text.spec import COLUMN, IDS, MASK, TOKENIZER, Config, Spec, TokenizerConfig
+from bmctl.schema import BATCH, Emit, Span, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,50 +17,8 @@ if TYPE_CHECKING:
     from bmctl.core.requests import OnBad, Requests
     from bmctl.inputs import Examples, Records, Resolved
 
-COLUMN = "text"
-IDS, MASK = "input_ids", "attention_mask"
-TOKENIZER = "tokenizer.json"
 
-
-class TokenizerConfig(Strict):
-    """A tokenizer that is trained on the training texts.
-
-    Attributes:
-        kind: How words are cut up: `wordpiece` as BERT does, or `bpe` as GPT-2 does, on bytes.
-        vocab_size: Number of tokens at most; fewer where the texts do not hold so many.
-        lowercase: Capitals are read as small letters.
-    """
-
-    kind: Literal["wordpiece", "bpe"] = "wordpiece"
-    vocab_size: Annotated[int, Field(ge=300, le=1_000_000)] = 8192
-    lowercase: bool = True
-
-
-class Config(Strict):
-    """Each None is filled in from the model's publisher, else from the training data; see Spec.
-
-    Attributes:
-        tokenizer: None takes the model's own; a model that brings none gets one that is trained.
-    """
-
-    kind: Literal["text"] = "text"
-    max_tokens: Annotated[int, Field(ge=4, le=65536)] | None = None
-    tokenizer: TokenizerConfig | None = None
-
-
-class Spec(Strict):
-    """From a text to the model's input, exactly as in training.
-
-    Attributes:
-        max_tokens: Longer texts are cut off.
-        vocab_size: Number of token ids.
-        pad_id: The token that fills shorter texts up, where the mask is 0.
-    """
-
-    kind: Literal["text"] = "text"
-    max_tokens: Count
-    vocab_size: Count
-    pad_id: Annotated[int, Field(ge=0)]
+__all__ = ["COLUMN", "IDS", "MASK", "TOKENIZER", "Config", "Spec", "TokenizerConfig"]
 
 
 def check(given: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from bmctl.core.requests import OnBad, Requested, Requests
 from bmctl.core.tables import SUFFIXES, read_lines, read_rows, table_suffix
 from bmctl.errors import DataError
-from bmctl.inputs.text import COLUMN, finish
+from bmctl.inputs.text.spec import COLUMN
 from bmctl.inputs.text.tokens import encode
 from bmctl.schema import Emit
 
@@ -86,10 +86,9 @@ def _looks_like_a_file(source: str) -> bool:
 
 
 def _batches(texts: list[tuple[str, str]], *, given: Resolved, batch_size: int) -> Iterator[Requested]:
-    import torch
+    import numpy as np
 
     waiting = iter(texts)
     while batch := list(islice(waiting, batch_size)):
         fields = encode({COLUMN: [text for _, text in batch]}, given=given)
-        made = finish({name: torch.from_numpy(array) for name, array in fields.items()}, given=given)
-        yield Requested([name for name, _ in batch], {name: tensor.numpy() for name, tensor in made.items()})
+        yield Requested([name for name, _ in batch], {name: each.astype(np.int64) for name, each in fields.items()})

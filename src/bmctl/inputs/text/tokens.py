@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from bmctl.core.columns import Column
 from bmctl.errors import PackageError, RecipeError, ResourceError
-from bmctl.inputs.text import COLUMN, IDS, MASK, TOKENIZER, Config, Spec, TokenizerConfig
+from bmctl.inputs.text.spec import COLUMN, IDS, MASK, TOKENIZER, Config, Spec, TokenizerConfig
 
 if TYPE_CHECKING:
     from bmctl.inputs import Examples, Records, Resolved

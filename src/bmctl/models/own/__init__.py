@@ -22,6 +22,7 @@ from bmctl.models.spec import (
     bare_name,
     check_text,
     image_of,
+    num_inputs,
     told_of,
 )
 from bmctl.schema import Many, Strict
@@ -71,9 +72,8 @@ class MLP(Strict):
     def build(self, spec: ModelSpec) -> nn.Module:
         from bmctl.models.own import networks
 
-        channels, (height, width) = image_of(spec)
-        num_inputs = channels * height * width
-        return networks.MLP(num_inputs=num_inputs, num_classes=told_of(spec, "num_classes"), **self.model_dump())
+        num_classes = told_of(spec, "num_classes")
+        return networks.MLP(num_inputs=num_inputs(spec), num_classes=num_classes, **self.model_dump())
 
 
 class Encoder(Strict):

@@ -104,7 +104,7 @@ class MLP(nn.Module):
     """Linear layers with ReLU between them; no batch statistics.
 
     Args:
-        num_inputs: C * H * W.
+        num_inputs: C * H * W, or F.
         num_classes: K.
         hidden: Width of each hidden layer.
         dropout: Probability by which outputs of hidden layers are left out.
@@ -122,8 +122,9 @@ class MLP(nn.Module):
             layers += [nn.Linear(inside, outside), nn.Sequential(relu, nn.Dropout(dropout)) if dropout else relu]
         self.layers = nn.Sequential(nn.Flatten(), *layers, nn.Linear(widths[-1], num_classes))
 
-    def forward(self, x_NCHW: torch.Tensor) -> torch.Tensor:
-        return self.layers(x_NCHW)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [N, C, H, W] or vectors [N, F]."""
+        return self.layers(x)
 
 
 class Attention(nn.Module):

@@ -1,0 +1,54 @@
+"""What a recipe may say of texts, and what a manifest keeps of it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from bmctl.schema import Count, Strict
+
+COLUMN = "text"
+IDS, MASK = "input_ids", "attention_mask"
+TOKENIZER = "tokenizer.json"
+
+
+class TokenizerConfig(Strict):
+    """A tokenizer that is trained on the training texts.
+
+    Attributes:
+        kind: How words are cut up: `wordpiece` as BERT does, or `bpe` as GPT-2 does, on bytes.
+        vocab_size: Number of tokens at most; fewer where the texts do not hold so many.
+        lowercase: Capitals are read as small letters.
+    """
+
+    kind: Literal["wordpiece", "bpe"] = "wordpiece"
+    vocab_size: Annotated[int, Field(ge=300, le=1_000_000)] = 8192
+    lowercase: bool = True
+
+
+class Config(Strict):
+    """Each None is filled in from the model's publisher, else from the training data; see Spec.
+
+    Attributes:
+        tokenizer: None takes the model's own; a model that brings none gets one that is trained.
+    """
+
+    kind: Literal["text"] = "text"
+    max_tokens: Annotated[int, Field(ge=4, le=65536)] | None = None
+    tokenizer: TokenizerConfig | None = None
+
+
+class Spec(Strict):
+    """From a text to the model's input, exactly as in training.
+
+    Attributes:
+        max_tokens: Longer texts are cut off.
+        vocab_size: Number of token ids.
+        pad_id: The token that fills shorter texts up, where the mask is 0.
+    """
+
+    kind: Literal["text"] = "text"
+    max_tokens: Count
+    vocab_size: Count
+    pad_id: Annotated[int, Field(ge=0)]
