@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.engine.evaluation.digits import GIVEN, SPEC, make_context, recipe, saved
 from tests.engine.exporting import export, signature
-from tests.specs import classifier, image_spec
 from torch import nn
 
 from bmctl.backends import eager, onnxruntime
@@ -24,40 +24,18 @@ from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation.evaluate import evaluate_artifact, evaluate_parts, find_evaluation, keep_evaluation
 from bmctl.engine.loading.arrays import array_batches
 from bmctl.engine.loading.data import open_split
-from bmctl.engine.parallel import Group
 from bmctl.errors import DivergedError, GateError, InterruptedRunError, PackageError, UsageError
 from bmctl.inputs import Resolved
-from bmctl.inputs.image import Spec
 from bmctl.models import build
-from bmctl.package import PART, GraphFile, Manifest, ModelPackage, save_package
-from bmctl.processes.signals import Stop
 from bmctl.recipe import Recipe
 from bmctl.tasks import TASKS, classify
 
-GIVEN = Resolved(Spec(size=(8, 8), channels=1, mean=(0.5,), std=(0.5,)))
 HASH = "ab" * 32
-SPEC = image_spec("bmctl:mlp", size=(8, 8))
-
-
-def recipe(**data: Any) -> Recipe:
-    splits = {"val": {"limit": 70}, "test": {"limit": 90}} | data
-    return Recipe.model_validate({"name": "digits", "data": {"source": {"kind": "digits"}, **splits}})
 
 
 @pytest.fixture
 def context(tmp_path: Path) -> StageContext:
-    group = Group(rank=0, local_rank=0, world=1, device=torch.device("cpu"), threads=1)
-    return StageContext(run=tmp_path, recipe=recipe(), group=group, stop=Stop(), emit=Events())
-
-
-class Events(list[dict[str, Any]]):
-    """Called with every event, and keeps them."""
-
-    def __call__(self, event: Any) -> None:
-        self.append(dict(event))
-
-    def notes(self) -> list[str]:
-        return [event["text"] for event in self if event["event"] == "note"]
+    return make_context(tmp_path)
 
 
 @pytest.fixture
@@ -241,17 +219,6 @@ def test_without_data_there_is_no_metric(model: nn.Module) -> None:
 
 
 # -- what lies on disk ------------------------------------------------------------------------------
-
-
-def saved(run: Path, *, graph: Path | None = None, given: Resolved | None = GIVEN) -> ModelPackage:
-    torch.manual_seed(1)
-    return save_package(
-        run / "packages" / ("00-import" if graph else "00-train"),
-        manifest=Manifest(stage="train", key="k", **classifier(SPEC), input=given.spec if given else None),
-        recipe_yaml="name: digits\n",
-        model=None if graph else build(SPEC),
-        graphs={PART: GraphFile(graph)} if graph else None,
-    )
 
 
 def test_a_package_is_evaluated_and_then_read(context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:

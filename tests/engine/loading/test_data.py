@@ -285,7 +285,7 @@ def test_only_training_is_augmented() -> None:
     assert np.array_equal(still.fields["input"], plain.fields["input"])
 
 
-# -- preprocessing ----------------------------------------------------------------------------------
+# -- what the input becomes --------------------------------------------------------------------------
 
 
 def test_the_data_decide_where_nobody_else_does() -> None:
