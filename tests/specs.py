@@ -57,13 +57,12 @@ def classifier(spec: ModelSpec, *, class_names: Sequence[str] | None = None) -> 
     }
 
 
-def parts_of(spec: ModelSpec) -> dict[str, Signature]:
-    """The one graph of a classifier."""
-    names = tuple(f"class {i}" for i in range(spec.told["num_classes"]))
-    return classify.signatures(spec.given, classify.Facts(class_names=names))
+def signature_of(spec: ModelSpec) -> Signature:
+    """Of a classifier's one graph."""
+    found: Signature = classifier(spec)["parts"]["model"]
+    return found
 
 
-def manifest_of(spec: ModelSpec | None, **fields: Any) -> Manifest:
-    """Of a package of a classifier, or of a graph that nobody can build again."""
-    parts = parts_of(spec or image_spec("bmctl:mlp"))
-    return Manifest.model_validate({"stage": "train", "key": "k", "model": spec, "parts": parts, **fields})
+def manifest_of(spec: ModelSpec, **fields: Any) -> Manifest:
+    """Of a classifier's package."""
+    return Manifest.model_validate({"stage": "train", "key": "k", **classifier(spec), **fields})

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.methods.conftest import context_of
-from tests.specs import image_spec, manifest_of, parts_of
+from tests.specs import image_spec, manifest_of, signature_of
 from torch import nn
 
 from bmctl import __version__, models, package, store, weights
@@ -282,8 +282,7 @@ def graph_file(folder: Path, *, data: str) -> GraphFile:
 
 
 def two_parts(*names: str) -> Manifest:
-    (part,) = parts_of(SPECS["mlp"]).values()
-    return manifest_of(SPECS["mlp"], parent="c" * 64, parts=dict.fromkeys(names, part))
+    return manifest_of(SPECS["mlp"], parent="c" * 64, parts=dict.fromkeys(names, signature_of(SPECS["mlp"])))
 
 
 def test_a_frozen_package_is_its_graphs(tmp_path: Path) -> None:
@@ -324,7 +323,7 @@ def test_a_graph_that_was_lost_is_missed(tmp_path: Path) -> None:
 
 def test_a_package_is_a_model_or_graphs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a model or graphs"):
-        package.save_package(tmp_path / "p", manifest=manifest_of(None), recipe_yaml=RECIPE)
+        package.save_package(tmp_path / "p", manifest=manifest_of(SPECS["mlp"]), recipe_yaml=RECIPE)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -62,7 +62,7 @@ def small_graph(tmp_path_factory: pytest.TempPathFactory) -> SmallGraph:
 def rescnn_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """bmctl's residual CNN, untrained, with batch statistics that are not the initial ones; fp32 [n, 1, 28, 28]."""
     import torch
-    from tests.specs import image_spec, parts_of
+    from tests.specs import image_spec, signature_of
 
     from bmctl.engine.artifacts.graph import export_onnx
     from bmctl.models import build
@@ -73,7 +73,7 @@ def rescnn_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     x = torch.randn(16, 1, 28, 28)
     model.train()(x)
     path = tmp_path_factory.mktemp("rescnn") / "fp32.onnx"
-    export_onnx(model.eval(), signature=parts_of(spec)["model"], example={"input": x.numpy()}, out=path)
+    export_onnx(model.eval(), signature=signature_of(spec), example={"input": x.numpy()}, out=path)
     return path
 
 

@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 from tests.methods.conftest import context_of
-from tests.specs import image_spec, manifest_of, parts_of, text_spec
+from tests.specs import image_spec, manifest_of, signature_of, text_spec
 from torch import nn
 
 from bmctl import models, package
@@ -155,6 +155,6 @@ def test_chains(name: str, chain: tuple[str, ...], tmp_path: Path) -> None:
     if set(chain) != {"magnitude"}:
         assert sum(p.numel() for p in model.parameters()) < dense
     example = {name: tensor.numpy() for name, tensor in samples(spec, 2, seed=5).items()}
-    export_onnx(model, signature=parts_of(spec)["model"], example=example, out=tmp_path / "model.onnx")
+    export_onnx(model, signature=signature_of(spec), example=example, out=tmp_path / "model.onnx")
     graph = onnx.load(tmp_path / "model.onnx").graph
     assert not [tensor.name for tensor in graph.initializer if masks.MASK in tensor.name]
