@@ -87,7 +87,7 @@ def test_a_terminal_gets_a_bar_with_all_its_numbers() -> None:
     assert f"{ESCAPE}[?25h" in shown.split(f"{ESCAPE}[?25l")[-1], "the cursor must come back"
     bars = [line for line in visible(shown) if "━" in line and "ETA" in line]
     assert len(bars) > 10
-    assert re.search(r"epoch 2/2 ━+.* 75 %  loss 0\.500  accuracy 86\.1 %  812 img/s  ETA 2:05", "\n".join(bars))
+    assert re.search(r"epoch 2/2 ━+.* 75 %  loss 0\.500  accuracy 86\.1 %  812 samples/s  ETA 2:05", "\n".join(bars))
     assert all(len(line) <= 100 for line in bars)
 
 

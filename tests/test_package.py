@@ -124,7 +124,7 @@ def test_a_compressed_model_comes_back_bit_for_bit(tmp_path: Path, chain: list[s
     history = []
     for name in chain:
         method, config = configs[name]
-        meta = method.apply(model, config, context_of(x))
+        meta = method.apply(model, config, context_of({"input": x}))
         history.append(Structure(step=config.model_dump(mode="json"), meta=meta))
     model.eval()
     manifest = manifest_of(spec, history=tuple(history))

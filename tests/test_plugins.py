@@ -12,12 +12,20 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from bmctl.backends import BACKENDS
+from bmctl.inputs import INPUTS
+from bmctl.methods import METHODS
+from bmctl.sources import SOURCES
+from bmctl.tasks import TASKS
 
 SOURCE = Path(__file__).parents[1] / "src" / "bmctl"
 PLUGINS = Path(__file__).parent / "plugins"
@@ -110,6 +118,15 @@ def changes(copy: Copy) -> list[str]:
 def test_a_plugin_is_one_file_and_one_line(kind: str, name: str, copy: Copy) -> None:
     copy.add(kind, name)
     assert sorted(changes(copy)) == sorted([f'{kind}/__init__.py +     "{name}",', f"new {kind}/{name}.py"])
+
+
+@pytest.mark.parametrize(
+    ("table", "key"),
+    [(INPUTS, "kind"), (SOURCES, "kind"), (TASKS, "kind"), (METHODS, "method"), (BACKENDS, "name")],
+    ids=["inputs", "sources", "tasks", "methods", "backends"],
+)
+def test_a_plugin_is_called_by_its_file(table: Mapping[str, ModuleType], key: str) -> None:
+    assert {name: module.Config.model_fields[key].default for name, module in table.items()} == {n: n for n in table}
 
 
 def test_an_input_goes_the_whole_way(copy: Copy) -> None:

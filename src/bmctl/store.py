@@ -329,11 +329,10 @@ def _check_format(path: Path, found: object, model: type[Strict]) -> None:
     (known,) = get_args(model.model_fields["format"].annotation)
     if type(found) is not int or found == known:
         return
-    newer = found > known
-    raise PackageError(
-        f"{path} has format {found}, made by {'a newer' if newer else 'an older'} bmctl; this one reads format {known}",
-        hint="pip install --upgrade bmctl" if newer else "make it again: add --overwrite, or name another run with -o",
-    )
+    made, hint = "an older", "make it again with this bmctl: over it with --overwrite, or in another run with -o"
+    if found > known:
+        made, hint = "a newer", "pip install --upgrade bmctl"
+    raise PackageError(f"{path} has format {found}, made by {made} bmctl; this one reads format {known}", hint=hint)
 
 
 def _refuse_constant(text: str) -> float:

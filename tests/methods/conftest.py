@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from bmctl.methods import MethodContext
+from bmctl.methods import Example, MethodContext
 
 Build = Callable[[], nn.Module]
 
@@ -52,9 +52,9 @@ def _one_seed() -> None:
     torch.manual_seed(0)
 
 
-def context_of(images: torch.Tensor) -> MethodContext:
-    """What a module method may look at: images as the model takes them."""
-    return MethodContext(example={"input": images}, calibration=lambda: iter(()), calibration_record={})
+def context_of(example: Example) -> MethodContext:
+    """What a module method may look at."""
+    return MethodContext(example=example, calibration=lambda: iter(()), calibration_record={})
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def images() -> torch.Tensor:
 
 @pytest.fixture
 def context(images: torch.Tensor) -> MethodContext:
-    return context_of(images)
+    return context_of({"input": images})
 
 
 @pytest.fixture(params=[residual, vit], ids=["residual", "vit"])

@@ -13,16 +13,18 @@ import onnx
 import pytest
 import torch
 from tests.methods.conftest import context_of
-from tests.specs import image_spec, manifest_of, parts_of
+from tests.specs import image_spec, manifest_of, parts_of, text_spec
 from torch import nn
 
 from bmctl import models, package
 from bmctl.core import masks
+from bmctl.core.noise import noise
 from bmctl.engine.artifacts.graph import export_onnx
 from bmctl.errors import UnsupportedError
 from bmctl.methods import METHODS, of_verb
 from bmctl.models import ModelSpec
 from bmctl.restore import load_model
+from bmctl.schema import Signature
 
 STEPS: dict[str, list[dict[str, Any]]] = {
     # First and second use of each: a second one has to find something left to do.
@@ -37,12 +39,13 @@ SPECS = {
     "mlp": image_spec("bmctl:mlp", args={"hidden": (32, 16)}, size=(8, 8)),
     "resnet18": image_spec("torchvision:resnet18", channels=3, size=(32, 32)),
     "vit_tiny": image_spec("timm:vit_tiny_patch16_224", args={"patch_size": 4, "depth": 2}, channels=3, size=(8, 8)),
+    "encoder": text_spec("bmctl:encoder", args={"width": 32, "depth": 2, "heads": 2}, num_classes=10),
 }
 
 
 def is_slow(spec: str, chain: tuple[str, ...]) -> bool:
     """Every chain runs fast on one model with convolutions, residuals and batch statistics."""
-    return spec in ("resnet18", "vit_tiny") or (spec == "mlp" and len(chain) > 1)
+    return spec in ("resnet18", "vit_tiny") or (spec in ("mlp", "encoder") and len(chain) > 1)
 
 
 CASES = [
@@ -75,12 +78,15 @@ def make(spec: ModelSpec) -> nn.Module:
     torch.manual_seed(0)
     model = models.build(spec)
     with torch.no_grad():
-        model.train()(samples(spec, 8, seed=1))
+        model.train()(*samples(spec, 8, seed=1).values())
     return model.eval()
 
 
-def samples(spec: ModelSpec, num: int, *, seed: int) -> torch.Tensor:
-    return torch.randn(num, *spec.given[0].shape[1:], generator=torch.Generator().manual_seed(seed))
+def samples(spec: ModelSpec, num: int, *, seed: int) -> dict[str, torch.Tensor]:
+    """What the model takes, in its order."""
+    taken = Signature(inputs=spec.given, outputs=())
+    found = noise(taken, sizes={"batch": num, "tokens": 6}, seed=seed, limits={"input_ids": 50})
+    return {name: torch.from_numpy(array) for name, array in found.items()}
 
 
 def train(model: nn.Module, spec: ModelSpec) -> None:
@@ -88,7 +94,7 @@ def train(model: nn.Module, spec: ModelSpec) -> None:
     model.train()
     for step in range(3):
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(samples(spec, 8, seed=step)), torch.arange(8)).backward()
+        torch.nn.functional.cross_entropy(model(*samples(spec, 8, seed=step).values()), torch.arange(8)).backward()
         optimizer.step()
     model.eval()
 
@@ -113,9 +119,9 @@ def assert_same(one: nn.Module, other: nn.Module, spec: ModelSpec) -> None:
         assert tensor.dtype == theirs[name].dtype
         assert torch.equal(tensor, theirs[name]), name
     assert str(one) == str(other)
-    x = samples(spec, 3, seed=9)
+    fields = samples(spec, 3, seed=9).values()
     with torch.no_grad():
-        assert torch.equal(one(x), other(x))
+        assert torch.equal(one(*fields), other(*fields))
 
 
 def assert_masks_hold(model: nn.Module, *, expected: bool) -> None:
@@ -148,7 +154,7 @@ def test_chains(name: str, chain: tuple[str, ...], tmp_path: Path) -> None:
         model = again
     if set(chain) != {"magnitude"}:
         assert sum(p.numel() for p in model.parameters()) < dense
-    example = {"input": samples(spec, 2, seed=5).numpy()}
+    example = {name: tensor.numpy() for name, tensor in samples(spec, 2, seed=5).items()}
     export_onnx(model, signature=parts_of(spec)["model"], example=example, out=tmp_path / "model.onnx")
     graph = onnx.load(tmp_path / "model.onnx").graph
     assert not [tensor.name for tensor in graph.initializer if masks.MASK in tensor.name]

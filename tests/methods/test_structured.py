@@ -148,7 +148,7 @@ def test_a_model_that_cannot_be_traced_is_refused() -> None:
     import torchvision
 
     model = torchvision.models.shufflenet_v2_x0_5(num_classes=10).eval()
-    context = context_of(torch.randn(2, 3, 32, 32))
+    context = context_of({"input": torch.randn(2, 3, 32, 32)})
     with pytest.raises(UnsupportedError, match="ShuffleNetV2 cannot be traced"):
         structured.apply(model, Config(), context)
 
@@ -175,7 +175,7 @@ def test_torchvisions_vit_keeps_its_plain_width() -> None:
         ).eval()
 
     images = torch.randn(2, 3, 8, 8)
-    context = context_of(images)
+    context = context_of({"input": images})
     model = build()
     meta = structured.apply(model, Config(), context)
     assert model.hidden_dim == 8

@@ -8,6 +8,7 @@ from tests.specs import image_spec
 
 from bmctl import models
 from bmctl.errors import RecipeError
+from bmctl.schema import BATCH, TensorSpec
 
 
 def build(name: str, **args: object) -> torch.nn.Module:
@@ -71,6 +72,17 @@ def test_an_argument_that_is_not_known_is_refused_with_the_nearest() -> None:
 
 def test_one_hidden_layer_may_be_one_number() -> None:
     assert count(build("mlp", hidden=16)) == count(build("mlp", hidden=(16,))) == 784 * 16 + 16 + 16 * 10 + 10
+
+
+def test_the_mlp_takes_vectors_too() -> None:
+    def spec(name: str, *sizes: int | str) -> models.ModelSpec:
+        vectors = TensorSpec(name="numbers", dtype="float32", shape=(BATCH, *sizes))
+        return image_spec(name).model_copy(update={"given": (vectors,)})
+
+    assert models.build(spec("bmctl:mlp", 5))(torch.zeros(3, 5)).shape == (3, 10)
+    for given in (spec("bmctl:mlp", "length"), spec("bmctl:rescnn", 5)):
+        with pytest.raises(RecipeError, match=rf"{given.name} takes images, the data give numbers float32 \[batch, "):
+            models.build(given)
 
 
 def test_images_that_nothing_would_be_left_of_are_refused() -> None:

@@ -111,15 +111,15 @@ def test_bad_arguments_of_the_encoder(args: dict, said: str) -> None:
 
 @pytest.mark.parametrize("name", ["bmctl:rescnn", "bmctl:mlp", "torchvision:resnet18", "timm:test_vit"])
 def test_a_model_of_images_is_given_no_texts(name: str) -> None:
-    with pytest.raises(RecipeError, match=rf"{name} takes images, the data give input_ids int64 \[batch, tokens\]"):
+    with pytest.raises(RecipeError, match=rf"{name} takes images; the data give input_ids int64 \[batch, tokens\]"):
         models.build(text_spec(name))
 
 
 def test_a_model_of_one_kind_is_not_given_the_other() -> None:
     with pytest.raises(RecipeError, match="transformers:vit takes images; the data give input_ids"):
         models.build(text_spec("transformers:vit"))
-    for name, said in (("bmctl:encoder", "takes texts, the data"), ("transformers:bert", "takes texts; the data")):
-        with pytest.raises(RecipeError, match=f"{name} {said} give input float32"):
+    for name in ("bmctl:encoder", "transformers:bert"):
+        with pytest.raises(RecipeError, match=f"{name} takes texts; the data give input float32"):
             models.build(image_spec(name))
 
 

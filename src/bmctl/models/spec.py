@@ -95,12 +95,12 @@ def image_of(spec: ModelSpec) -> tuple[int, tuple[int, int]]:
     shape = spec.given[0].shape
     if len(spec.given) != 1 or spec.given[0].dtype != "float32" or len(shape) != 4:
         raise RecipeError(
-            f"model.name: {spec.name} takes images, the data give {words(spec.given)}",
+            f"model.name: {spec.name} takes images; the data give {words(spec.given)}",
             hint="take a model for such data" + (", such as bmctl:encoder" if takes_text(spec) else ""),
         )
     sizes = [size for size in shape[1:] if isinstance(size, int)]
     if len(sizes) < 3:
-        raise RecipeError(f"model.name: {spec.name} takes images of one size, the data give {words(spec.given)}")
+        raise RecipeError(f"model.name: {spec.name} takes images of one size; the data give {words(spec.given)}")
     return sizes[0], (sizes[1], sizes[2])
 
 
@@ -125,7 +125,7 @@ def check_text(spec: ModelSpec) -> None:
     """
     if not takes_text(spec):
         raise RecipeError(
-            f"model.name: {spec.name} takes texts, the data give {words(spec.given)}", hint="take a model for such data"
+            f"model.name: {spec.name} takes texts; the data give {words(spec.given)}", hint="take a model for such data"
         )
 
 

@@ -65,7 +65,7 @@ def bar_words(event: Event, *, width: int) -> tuple[str, str]:
         (0, percent),
         (50, loss_words(event)),
         (66, metric_words(event, "metric")),
-        (80, f"{speed:,.0f} img/s" if speed is not None else ""),
+        (80, f"{speed:,.0f} samples/s" if speed is not None else ""),
         (100, f"waiting for data {100 * waiting:.0f} %" if waiting >= STARVING else ""),
         (36, f"ETA {duration_text(eta)}" if eta is not None else ""),
     ]
@@ -136,14 +136,14 @@ def start_line(event: Event) -> str:
 
 
 def done_line(event: Event) -> str:
-    """What a loop came to: ``best val accuracy 85.2 %, 2,340 steps in 2:05, 812 img/s``."""
+    """What a loop came to: ``best val accuracy 85.2 %, 2,340 steps in 2:05, 812 samples/s``."""
     steps, seconds, speed = (number(event, key) for key in ("steps", "seconds", "samples_per_s"))
     unit = "steps" if "val_metric" in event else "samples"
     parts = [str(event.get("text") or ""), metric_words(event, "val_metric", prefix="kept weights: val ")]
     if steps is not None:
         parts.append(f"{steps:,.0f} {unit}" + (f" in {duration_text(seconds)}" if seconds is not None else ""))
     if speed:
-        parts.append(f"{speed:,.0f} img/s")
+        parts.append(f"{speed:,.0f} samples/s")
     if event.get("backend"):
         parts.append(f"on {event['backend']}")
     return ", ".join(part for part in parts if part) or "done"

@@ -67,7 +67,8 @@ def settle(path: Path, *, axes: Mapping[str, Span] | None = None, sample: Feed |
     free = [axis for axis in graph.signature.axes if axis != BATCH and "+" not in axis]
     found = _together(graph, sizes, {axis: _span(graph, sizes, axis) for axis in free})
     graph.notes += [
-        f"nobody says which sizes {axis!r} will have: {span.min} to {span.max}, most often {span.opt}, is taken"
+        f"nobody says which sizes {axis!r} will have: {span.min} to {span.max}, most often {span.opt}, is taken; "
+        f"--axis {axis}=MIN:OPT:MAX says others"
         for axis, span in found.items()
         if axis not in graph.asked
     ]

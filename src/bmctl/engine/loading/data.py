@@ -49,7 +49,7 @@ class Data:
         """
         if self.recipe.data is None:
             raise RecipeError(
-                "the recipe has no data section", hint="add `data: {source: {kind: bundled}}`, or your own images"
+                "the recipe has no data section", hint="add `data: {source: {kind: bundled}}`, or your own data"
             )
         return self.recipe.data
 

@@ -25,7 +25,7 @@ def check_leaks(data: Data) -> tuple[str, ...]:
     """
     splits = {name: data.samples(name) for name in ("train", "val", "test")}
     if sum(len(samples) for samples in splits.values() if samples.opens_files) > MAX_FILES:
-        return (f"more than {MAX_FILES:,} files: they were not searched for images that stand in two splits",)
+        return (f"more than {MAX_FILES:,} files: they were not searched for samples that stand in two splits",)
     sketches = {name: samples.sketches() for name, samples in splits.items()}
     known: dict[str, dict[bytes, str]] = {}
     for name, samples in splits.items():

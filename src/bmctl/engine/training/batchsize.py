@@ -72,7 +72,7 @@ def find_batch_size(
     if not best:
         raise ResourceError(
             f"train.batch_size is auto, and not even {size} at a time fit: {notes[-1]}",
-            hint="--set train.activation_checkpointing=true, or take a smaller model or smaller images",
+            hint="--set train.activation_checkpointing=true, or take a smaller model or smaller inputs",
         )
     return best, notes
 
