@@ -21,6 +21,11 @@ import torch.distributed as dist
 from bmctl.engine.parallel import Group
 from bmctl.errors import BmctlError
 
+if not torch.cuda.is_available():
+    # A process's first backward decides whether autograd has threads, and with them it cannot be forked. Here it has
+    # none yet; once anything was exported, torch takes a GPU for granted and starts some.
+    torch.ones(1, requires_grad=True).sum().backward()
+
 
 @dataclass(frozen=True)
 class Told:

@@ -143,8 +143,10 @@ def test_what_is_tried_before_the_first_step_is_not_remembered(tmp_path: Path, w
 
 
 def test_every_rank_goes_on_with_its_own(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, *SETTINGS, "launch.strategy=ddp")
+
     def work(group: Group, run: Path, **given: Any) -> dict[str, torch.Tensor]:
-        task, recipe = Remembering(), make_recipe(tmp_path, *SETTINGS, "launch.strategy=ddp")
+        task = Remembering()
         context = replace(make_context(run, recipe, **given), group=group)
         fit(context, make_model(recipe), task=task)
         return task.fed[-1].tensors()
