@@ -335,7 +335,7 @@ def test_the_page_says_what_matters(whole: Run) -> None:
         "deploy/tensorrt_rtx: built, not run (no GPU); there: `bmctl X`",
         "packages/01-ptq: calibrated on 300 samples",
         "| FAIL | max_drop | openvino | 1.00 points | 2.00 [0.36, 3.62] points |",
-        "LatencyRow is of one batch of 64 samples, taken on: processor Xeon",
+        "Latency is of one batch of 64 samples, taken on: processor Xeon",
     ):
         assert piece in text, piece
 
