@@ -103,7 +103,7 @@ def apply_override(draft: Draft, override: str) -> None:
             raise Refused("expected KEY=VALUE", "such as --set train.epochs=5")
         document = parse_yaml(text, name=where)
         draft.problems += [Problem(where, key, problem.message, problem.hint) for problem in document.problems]
-        set_value(draft, next(csv.reader([key.strip()], delimiter="."), [""]), document.data, where=where)
+        set_value(draft, next(csv.reader([key.strip()], delimiter=".")), document.data, where=where)
     except Refused as refused:
         draft.problems.append(Problem(where, dotted((key,)) if equals else "", str(refused), refused.hint))
     except RecipeError as error:
@@ -121,7 +121,7 @@ class Refused(Exception):
 
 def set_value(draft: Draft, keys: Sequence[str], value: Any, *, where: str) -> None:
     """Walk down `keys`, making mappings where nothing is, and replace what is there."""
-    if not all(keys):
+    if not keys or not all(keys):
         raise Refused("an empty key", "such as --set train.epochs=5")
     if keys[0] == "include":
         raise Refused("an include cannot be set from the command line", "put it into a recipe file")
