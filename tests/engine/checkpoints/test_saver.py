@@ -38,6 +38,8 @@ EVERY_RANKS = POINTS[POINTS.index("copied") : POINTS.index("part-written") + 1]
 
 def make_snapshot(step: int, *, rank: int = 0) -> Snapshot:
     tensors = {kind: {f"{kind}.w": torch.full((3, 4), float(step)), "n": torch.tensor(step)} for kind in KINDS}
+    if rank:  # what a task owns is each process's own, under names of its own
+        tensors["task"] = {f"{name}@{rank}": tensor for name, tensor in tensors["task"].items()}
     return Snapshot(**tensors, state=State(step=step, random=({"rank": rank},)))
 
 
