@@ -81,7 +81,7 @@ def test_the_mlp_takes_vectors_too() -> None:
 
     assert models.build(spec("bmctl:mlp", 5))(torch.zeros(3, 5)).shape == (3, 10)
     for given in (spec("bmctl:mlp", "length"), spec("bmctl:rescnn", 5)):
-        with pytest.raises(RecipeError, match=rf"{given.name} takes images, the data give numbers float32 \[batch, "):
+        with pytest.raises(RecipeError, match=rf"{given.name} takes images; the data give numbers float32 \[batch, "):
             models.build(given)
 
 
