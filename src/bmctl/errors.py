@@ -103,6 +103,10 @@ class PackageError(BmctlError):
     exit_code = 5
 
 
+class FormatError(PackageError):
+    """Sound, but of another version's format."""
+
+
 class DependencyError(BmctlError):
     exit_code = 6
 

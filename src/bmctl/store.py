@@ -34,7 +34,7 @@ from bmctl.disk import (
 from bmctl.disk import locked as locked
 from bmctl.disk import replace_link as replace_link
 from bmctl.disk import write_atomic as write_atomic
-from bmctl.errors import PackageError, ResourceError
+from bmctl.errors import FormatError, PackageError, ResourceError
 from bmctl.schema import Strict
 
 MANIFEST = "manifest.json"
@@ -332,7 +332,7 @@ def _check_format(path: Path, found: object, model: type[Strict]) -> None:
     made, hint = "an older", "make it again with this bmctl: over it with --overwrite, or in another run with -o"
     if found > known:
         made, hint = "a newer", "pip install --upgrade bmctl"
-    raise PackageError(f"{path} has format {found}, made by {made} bmctl; this one reads format {known}", hint=hint)
+    raise FormatError(f"{path} has format {found}, made by {made} bmctl; this one reads format {known}", hint=hint)
 
 
 def _refuse_constant(text: str) -> float:

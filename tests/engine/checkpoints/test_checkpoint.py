@@ -14,7 +14,7 @@ from bmctl.engine.checkpoints.checkpoint import KINDS, Identity, open_checkpoint
 from bmctl.engine.checkpoints.saver import Saver
 from bmctl.engine.checkpoints.state import Snapshot, State
 from bmctl.engine.parallel import Group
-from bmctl.errors import BmctlError, DataError, DivergedError, PackageError, ResourceError
+from bmctl.errors import BmctlError, DataError, DivergedError, FormatError, PackageError, ResourceError
 
 IDENTITY = Identity(optimizer="adamw", data_fingerprint="d", settings={"fit": {"epochs": 3, "lr": 0.1}})
 
@@ -187,6 +187,16 @@ def test_no_checkpoint_verifies(tmp_path: Path) -> None:
         (tmp_path / "step-00000001" / "state.json").unlink()
         assert checkpoint.find_newest(tmp_path, note=lambda text: None) is None
         assert len([name for name in names(tmp_path) if "corrupt" in name]) == count + 1
+
+
+def test_a_checkpoint_of_another_version_is_refused_and_stays(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    path = tmp_path / "step-00000001" / "manifest.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | {"format": fields["format"] - 1}))
+    with pytest.raises(FormatError, match="made by an older bmctl"):
+        checkpoint.find_newest(tmp_path, note=pytest.fail)
+    assert names(tmp_path) == ["latest", "step-00000001"]
 
 
 def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:

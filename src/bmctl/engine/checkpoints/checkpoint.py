@@ -33,7 +33,7 @@ from bmctl.engine.checkpoints.state import Snapshot as Snapshot
 from bmctl.engine.checkpoints.state import State as State
 from bmctl.engine.checkpoints.state import Tensors as Tensors
 from bmctl.engine.checkpoints.state import check_identity as check_identity
-from bmctl.errors import PackageError
+from bmctl.errors import FormatError, PackageError
 
 STATE = "state.json"
 INDEX = "index.json"
@@ -76,6 +76,7 @@ def find_newest(folder: Path, *, note: Callable[[str], None]) -> Path | None:
     What a killed process left half done is cleared away, and `latest` points to what was found.
 
     Raises:
+        FormatError: Another version of bmctl made it.
         ResourceError: The folder cannot be written.
     """
     if not folder.is_dir():
@@ -86,6 +87,8 @@ def find_newest(folder: Path, *, note: Callable[[str], None]) -> Path | None:
             path = path_of(folder, step)
             try:
                 verified(path)
+            except FormatError:
+                raise  # nothing is wrong with it: whoever made it can go on from it
             except PackageError as error:
                 note(f"{error.message}; set aside as {set_aside(path).name}")
                 continue
