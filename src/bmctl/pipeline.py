@@ -122,7 +122,7 @@ def infer(
     source = Path(model) if model else target.run if target else None
     data = data or resolve_env(section.data)
     if not data or source is None:
-        raise UsageError("nothing to predict: no DATA, and the recipe has no infer.data", hint="bmctl infer photo.png")
+        raise UsageError("nothing to predict: no DATA, and the recipe has no infer.data", hint="bmctl infer DATA")
     backend = backend or section.backend
     if options.dry_run:
         return _say(options, {"model": str(source), "data": data, "backend": backend})

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import pytest
 
-from bmctl.core.runner import Batched, Bounds, batch_axes, check_feed
+from bmctl.core.runner import Batched, Bounds, Closing, batch_axes, check_feed
 from bmctl.errors import DataError, UnsupportedError
 from bmctl.schema import Signature, TensorSpec
 
@@ -19,7 +17,7 @@ CACHE = TensorSpec(name="cache", dtype="float32", shape=(2, "batch", "past", 4),
 SCORES = TensorSpec(name="scores", dtype="float32", shape=("batch", 3))
 
 
-class Summing:
+class Summing(Closing):
     """Sums ids per sample, and hands the cache back; notes the sizes that it was called with."""
 
     def __init__(self, signature: Signature, bounds: Mapping[str, Bounds] | None = None) -> None:
@@ -32,14 +30,6 @@ class Summing:
         self.sizes.append(len(ids))
         found = {"scores": np.repeat(ids.sum(1, keepdims=True), 3, axis=1).astype(np.float32)}
         return found | ({"cache": checked["cache"] + 1} if "cache" in checked else {})
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
 
 
 def feed(num: int, tokens: int = 5, past: int = 0) -> dict[str, np.ndarray]:

@@ -30,18 +30,23 @@ def normal(*shape: int, dtype: str = "float32") -> np.ndarray:
     return np.random.default_rng(sum(shape)).standard_normal(shape).astype(dtype)
 
 
-# -- axes -------------------------------------------------------------------------------------------
-
-
-def anonymous_axes(path: Path) -> None:
-    """Free axes without names: the first is the batch, the second is nothing but free."""
-    save(path, "g (float[N,T,4] x) => (float[N,T,3] y) { y = MatMul(x, w) }", w=normal(4, 3))
+def forget_names(path: Path) -> None:
+    """Leave free axes free, and without a name."""
     model = onnx.load(path)
     for value in (*model.graph.input, *model.graph.output):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
                 dim.Clear()
     onnx.save(model, path)
+
+
+# -- axes -------------------------------------------------------------------------------------------
+
+
+def anonymous_axes(path: Path) -> None:
+    """Free axes without names: the first is the batch, the second is nothing but free."""
+    save(path, "g (float[N,T,4] x) => (float[N,T,3] y) { y = MatMul(x, w) }", w=normal(4, 3))
+    forget_names(path)
 
 
 def lying_names(path: Path) -> None:
@@ -94,12 +99,7 @@ def time_first(path: Path) -> None:
     """Anonymous [time, batch, 4] of an RNN written with its operator."""
     save(path, "g (float[N,M,4] x) => (float[N,1,M,5] y, float[1,M,5] h) { y, h = RNN<hidden_size=5>(x, w, r) }",
          w=normal(1, 5, 4), r=normal(1, 5, 5) / 3)  # fmt: skip
-    model = onnx.load(path)
-    for value in (*model.graph.input, *model.graph.output):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                dim.Clear()
-    onnx.save(model, path)
+    forget_names(path)
 
 
 def shape_input(path: Path) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
-from bmctl.core.runner import Bounds, check_feed
+from bmctl.core.runner import Bounds, Closing, check_feed
 from bmctl.schema import Signature, Span, Strict
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def open(
     return PlainRunner(artifact, signature or read_signature(artifact))
 
 
-class PlainRunner:
+class PlainRunner(Closing):
     def __init__(self, artifact: Path, signature: Signature) -> None:
         from onnx.reference import ReferenceEvaluator
 
@@ -59,11 +58,3 @@ class PlainRunner:
         names = [spec.name for spec in self.signature.outputs]
         checked = check_feed(feed, inputs=self.signature.inputs, bounds=self.bounds)
         return dict(zip(names, self._evaluator.run(names, checked), strict=True))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
-from bmctl.core.runner import Bounds, check_feed
+from bmctl.core.runner import Bounds, Closing, check_feed
 from bmctl.schema import Signature, Strict
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def choose_device(config: Config) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-class EagerRunner:
+class EagerRunner(Closing):
     """A module in eval mode; see core.runner.Runner."""
 
     def __init__(self, model: nn.Module, signature: Signature, device: Any) -> None:
@@ -69,12 +68,7 @@ class EagerRunner:
             outputs = call(self._model, fields, gives=[spec.name for spec in self.signature.outputs])
             return {name: _widened(tensor).cpu().numpy() for name, tensor in outputs.items()}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._model = None
 
 

@@ -6,10 +6,9 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
-from bmctl.core.runner import Bounds, check_feed
+from bmctl.core.runner import Bounds, Closing, check_feed
 from bmctl.errors import DependencyError, PackageError, UnsupportedError, first_line
 from bmctl.schema import Count, Signature, Span, Strict
 
@@ -80,7 +79,7 @@ def open(
     return OrtRunner(artifact, config, signature=signature or read_signature(artifact))
 
 
-class OrtRunner:
+class OrtRunner(Closing):
     """A session; see core.runner.Runner."""
 
     def __init__(self, artifact: Path, config: Config, *, signature: Signature) -> None:
@@ -99,12 +98,7 @@ class OrtRunner:
             arrays = self._session.run(names, checked)
         return dict(zip(names, arrays, strict=True))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._session = None
 
 

@@ -11,10 +11,9 @@ import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
-from bmctl.core.runner import Bounds, check_feed, rows
+from bmctl.core.runner import Bounds, Closing, check_feed, rows
 from bmctl.errors import DependencyError, PackageError, UnsupportedError
 from bmctl.schema import BATCH, Count, Signature, Span, Strict
 
@@ -91,7 +90,7 @@ def open(
     return OpenVinoRunner(artifact, config, signature=signature or read_signature(artifact))
 
 
-class OpenVinoRunner:
+class OpenVinoRunner(Closing):
     """A compiled model with one request per stream; see core.runner.Runner."""
 
     def __init__(self, artifact: Path, config: Config, *, signature: Signature) -> None:
@@ -146,12 +145,7 @@ class OpenVinoRunner:
             for low, high in itertools.pairwise(borders)
         ]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._requests = []
         self._model = None
 

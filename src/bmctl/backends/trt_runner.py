@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from bmctl.backends.trt_engine import find_logger
-from bmctl.core.runner import Bounds, check_feed
+from bmctl.core.runner import Bounds, Closing, check_feed
 from bmctl.errors import PackageError, ResourceError, UnsupportedError
 from bmctl.schema import BATCH, Signature, TensorSpec
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 DEVICE = "cuda"
 
 
-class EngineRunner:
+class EngineRunner(Closing):
     """A deserialized engine with one execution context; see core.runner.Runner.
 
     Args:
@@ -97,12 +96,7 @@ class EngineRunner:
     def _reason(self) -> str:
         return "; ".join(self._log.drain(errors_only=True)[:3])[:600] or "no reason given"
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         # In this order: a context must not outlive its engine.
         self._context = None
         self._engine = None

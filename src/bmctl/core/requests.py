@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -32,3 +34,8 @@ class Requests:
 
     num_samples: int
     batches: Iterator[Requested]
+
+
+def path_name(path: Path) -> str:
+    """The path as text that any encoding takes: bytes that are no UTF-8 come out as \\xNN."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

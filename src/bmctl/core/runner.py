@@ -90,7 +90,22 @@ def shown(spec: TensorSpec) -> str:
     return "[" + ", ".join(map(str, spec.shape)) + "]"
 
 
-class Batched:
+class Closing:
+    """The `with` of a runner. One that holds something lets go of it in `close`; one round another leaves it open."""
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Batched(Closing):
     """A runner that takes any number of samples, in calls of the sizes that the other one takes.
 
     A last call with too few samples repeats the last one, and the surplus is cut off.
@@ -133,14 +148,6 @@ class Batched:
                 hint="send batches that it takes in one call",
             )
         return {name: np.concatenate([part[name] for part in parts], axis=axes[name]) for name in parts[0]}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
 
 
 def feed_of(runner: Runner, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

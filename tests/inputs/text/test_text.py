@@ -247,6 +247,14 @@ def test_texts_that_are_none(tmp_path: Path) -> None:
         asked(tmp_path)
 
 
+def test_bytes_that_are_no_utf8(tmp_path: Path) -> None:
+    """As Python hands them over: in names of files they come out as \\xNN, texts are refused."""
+    (tmp_path / "caf\udce9.txt").write_text("crude oil\n")
+    assert asked(tmp_path / "caf\udce9.txt")[0] == ["caf\\xe9.txt:1"]
+    with pytest.raises(DataError, match=r"the text 'caf\\udce9 au lait' is not UTF-8"):
+        asked("caf\udce9 au lait")
+
+
 def test_arrays_of_strings_are_texts() -> None:
     given = resolve()
     assert text.unprepared({"x": np.array(["a", "b"])}, given=given, name="a.npz") == {"text": ["a", "b"]}

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
-from bmctl.core.runner import Bounds, Runner, rows
+from bmctl.core.runner import Bounds, Closing, Runner, rows
 from bmctl.schema import BATCH, Signature
 
 
@@ -33,7 +31,7 @@ class Call:
     outputs: Mapping[str, np.ndarray]
 
 
-class Recorder:
+class Recorder(Closing):
     """A runner that keeps what passes through it; see core.runner.Runner.
 
     Args:
@@ -52,14 +50,6 @@ class Recorder:
         outputs = self._runner.run(feed)
         self._calls.append(Call(self._part, self.signature, dict(feed), outputs))
         return outputs
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
 
 
 def of_part(calls: Sequence[Call], part: str) -> Iterator[Call]:

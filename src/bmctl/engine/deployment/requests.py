@@ -5,7 +5,6 @@ n: samples of a batch.
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bmctl.core.requests import OnBad, Requested, Requests
+from bmctl.core.requests import OnBad, Requested, Requests, path_name
 from bmctl.core.runner import shown
 from bmctl.errors import DataError
 from bmctl.inputs import INPUTS, Resolved
@@ -97,7 +96,7 @@ def _of_arrays(
                 fields = {name: array[rows] for name, array in arrays.items()}
             else:
                 fields = _named(_encoded({name: values[rows] for name, values in records.items()}, given), inputs)
-            yield Requested([f"{_name(path)}#{i}" for i in range(rows.start, rows.stop)], fields)
+            yield Requested([f"{path_name(path)}#{i}" for i in range(rows.start, rows.stop)], fields)
 
     return Requests(num_samples, batches())
 
@@ -118,11 +117,6 @@ def _encoded(records: Mapping[str, Sequence[Any]], given: Resolved) -> dict[str,
     module = INPUTS[given.spec.kind]
     fields = {name: torch.from_numpy(array) for name, array in module.encode(records, given=given).items()}
     return {name: tensor.numpy() for name, tensor in module.finish(fields, given=given).items()}
-
-
-def _name(path: Path) -> str:
-    """The path as text that any encoding takes: bytes that are no UTF-8 come out as \\xNN."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _load_arrays(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], list[str]]:

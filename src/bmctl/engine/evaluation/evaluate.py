@@ -8,15 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
 from bmctl import store
 from bmctl.core import scores
 from bmctl.core.evaluation import Evaluation
-from bmctl.core.runner import Batched, Bounds, Runner
+from bmctl.core.runner import Batched, Bounds, Closing, Runner
 from bmctl.engine.artifacts.deployed import Deployed
 from bmctl.engine.artifacts.finding import find_source
 from bmctl.engine.artifacts.opening import backend_of, open_parts
@@ -188,7 +186,7 @@ def _batches(samples: Split, *, split: str, context: StageContext | None) -> Ite
             context.emit({"event": "progress", "text": text, "done": done, "total": len(samples)})
 
 
-class _Finite:
+class _Finite(Closing):
     """A runner that refuses outputs with nan or inf: their metric would mean nothing. `state` is not looked at."""
 
     def __init__(self, runner: Runner, backend: str) -> None:
@@ -207,14 +205,6 @@ class _Finite:
                 raise DivergedError(message, hint="train with a lower learning rate: --set train.optimizer.lr=...")
             raise GateError(message, hint="fp16 overflows past 65504: cast to bf16 instead, or keep fp32")
         return outputs
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
 
 
 def _note(context: StageContext, text: str) -> None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import torch
 
 from bmctl.backends.eager import open_module
 from bmctl.core.evaluation import Evaluation, main_metric
-from bmctl.core.runner import Bounds, Runner
+from bmctl.core.runner import Bounds, Closing, Runner
 from bmctl.engine.batch import moved
 from bmctl.engine.loading.arrays import array_batches
 from bmctl.engine.parallel import Vote, gather
@@ -92,7 +90,7 @@ def _is_whole(training: Training) -> bool:
     return list(training.task.modules(training.model).values()) == [training.model]
 
 
-class _Together:
+class _Together(Closing):
     """The model on rows of which each rank computes its share; see core.runner.Runner."""
 
     def __init__(self, training: Training, signature: Signature) -> None:
@@ -105,14 +103,6 @@ class _Together:
         with torch.no_grad():
             found = self._training.shared.outputs(batch)
         return {name: each.cpu().numpy() for name, each in found.items()}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
 
 
 def _until_stopped(training: Training, step: int) -> Iterator[dict[str, np.ndarray]]:

@@ -13,7 +13,7 @@ import numpy as np
 
 import bmctl
 from bmctl.core.images import read_file
-from bmctl.core.requests import OnBad, Requested, Requests
+from bmctl.core.requests import OnBad, Requested, Requests, path_name
 from bmctl.errors import DataError
 from bmctl.inputs.image.pixels import prepare
 from bmctl.inputs.image.spec import FIELD, Spec
@@ -50,7 +50,7 @@ def requests(source: str | Path, spec: Spec, *, batch_size: int, on_bad: OnBad, 
     elif path.suffix.lower() == ".csv":
         images = _read_list(path)
     else:
-        images = [(_name(path), path)]
+        images = [(path_name(path), path)]
     return Requests(len(images), _decode_all(images, spec, batch_size=batch_size, on_bad=on_bad, emit=emit))
 
 
@@ -69,7 +69,7 @@ def _find_images(folder: Path, *, emit: Emit) -> list[tuple[str, Path]]:
         raise DataError(f"{folder} has no images ({', '.join(sorted(SUFFIXES))})")
     if num_others:
         emit({"event": "note", "stage": "infer", "text": f"{folder}: {num_others} files are not images, not read"})
-    return [(_name(path), path) for path in sorted(found)]
+    return [(path_name(path), path) for path in sorted(found)]
 
 
 def _read_list(path: Path) -> list[tuple[str, Path]]:
@@ -145,8 +145,3 @@ def _all_bad(bad: Sequence[DataError], *, num_images: int) -> DataError:
         f"{len(bad)} of {num_images} images cannot be read:{named}{more}",
         hint="mend these files or move them away",
     )
-
-
-def _name(path: Path) -> str:
-    """The path as text that any encoding takes: bytes that are no UTF-8 come out as \\xNN."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bmctl.core.requests import OnBad, Requested, Requests
+from bmctl.core.requests import OnBad, Requested, Requests, path_name
 from bmctl.core.tables import SUFFIXES, read_lines, read_rows, table_suffix
 from bmctl.errors import DataError
 from bmctl.inputs.text.spec import COLUMN
@@ -52,15 +52,22 @@ def requests(source: str | Path, *, given: Resolved, batch_size: int, on_bad: On
 def _found(source: str | Path) -> list[tuple[str, str]]:
     """Texts, and what they are called."""
     if isinstance(source, str) and not _is_there(source) and not _looks_like_a_file(source):
+        try:
+            source.encode()
+        except UnicodeEncodeError as error:  # bytes of the command line that are no UTF-8 come as halves of characters
+            raise DataError(
+                f"the text {_short(source)!a} is not UTF-8", hint="write it into a file in UTF-8, and name that"
+            ) from error
         return [(_short(source), source)]
     path = Path(source)
     if path.is_dir():
         raise DataError(f"{path} is a folder", hint="name a file with a text on each line, a table, or a text itself")
+    name = path_name(Path(path.name))
     if table_suffix(path) in SUFFIXES:
         rows = read_rows(path, wanted=(COLUMN,), hint=f"call the column with the texts {COLUMN}")
-        texts = [(f"{path.name}:{row.line}", row.fields[COLUMN]) for row in rows]
+        texts = [(f"{name}:{row.line}", row.fields[COLUMN]) for row in rows]
     else:
-        texts = [(f"{path.name}:{number}", line) for number, line in read_lines(path)]
+        texts = [(f"{name}:{number}", line) for number, line in read_lines(path)]
     if not texts:
         raise DataError(f"{path} is empty", hint="put a text on each line")
     return texts
