@@ -12,17 +12,30 @@ RNG = np.random.default_rng(0)
 
 
 def save(
-    path: Path, text: str, *, opset: int = 18, ir: int = 10, extra: str = "", functions: str = "", **weights: np.ndarray
+    path: Path,
+    text: str,
+    *,
+    opset: int = 18,
+    ir: int = 10,
+    extra: str = "",
+    functions: str = "",
+    named: bool = True,
+    **weights: np.ndarray,
 ) -> None:
     """A graph in ONNX's own text, with its initializers as arrays.
 
     Args:
         extra: Further operator sets, such as ``, "com.microsoft" : 1``.
         functions: Text of local functions.
+        named: Whether free axes keep their names.
     """
     head = f'<ir_version: {ir}, opset_import: ["" : {opset}{extra}]>'
     model = parser.parse_model(f"{head}\n{text}\n{functions}")
     model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in weights.items())
+    for value in () if named else (*model.graph.input, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.Clear()
     onnx.save(model, path)
 
 
@@ -30,23 +43,12 @@ def normal(*shape: int, dtype: str = "float32") -> np.ndarray:
     return np.random.default_rng(sum(shape)).standard_normal(shape).astype(dtype)
 
 
-def forget_names(path: Path) -> None:
-    """Leave free axes free, and without a name."""
-    model = onnx.load(path)
-    for value in (*model.graph.input, *model.graph.output):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                dim.Clear()
-    onnx.save(model, path)
-
-
 # -- axes -------------------------------------------------------------------------------------------
 
 
 def anonymous_axes(path: Path) -> None:
     """Free axes without names: the first is the batch, the second is nothing but free."""
-    save(path, "g (float[N,T,4] x) => (float[N,T,3] y) { y = MatMul(x, w) }", w=normal(4, 3))
-    forget_names(path)
+    save(path, "g (float[N,T,4] x) => (float[N,T,3] y) { y = MatMul(x, w) }", named=False, w=normal(4, 3))
 
 
 def lying_names(path: Path) -> None:
@@ -98,8 +100,7 @@ def fixed_batch(path: Path) -> None:
 def time_first(path: Path) -> None:
     """Anonymous [time, batch, 4] of an RNN written with its operator."""
     save(path, "g (float[N,M,4] x) => (float[N,1,M,5] y, float[1,M,5] h) { y, h = RNN<hidden_size=5>(x, w, r) }",
-         w=normal(1, 5, 4), r=normal(1, 5, 5) / 3)  # fmt: skip
-    forget_names(path)
+         named=False, w=normal(1, 5, 4), r=normal(1, 5, 5) / 3)  # fmt: skip
 
 
 def shape_input(path: Path) -> None:
