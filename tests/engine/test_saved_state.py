@@ -66,12 +66,12 @@ class Scripted:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._task, name)
 
-    def loss(self, outputs: Any, batch: Any, *, config: Any) -> Any:
-        loss = self._task.loss(outputs, batch, config=config)
+    def loss(self, outputs: Any, batch: Any, **known: Any) -> Any:
+        loss = self._task.loss(outputs, batch, **known)
         return loss * float("nan") if self.step + 1 in NOT_FINITE else loss
 
-    def evaluate(self, parts: Any, batches: Any, *, config: Any) -> Any:
-        found = self._task.evaluate(parts, batches, config=config)
+    def evaluate(self, parts: Any, batches: Any, **known: Any) -> Any:
+        found = self._task.evaluate(parts, batches, **known)
         return replace(found, values={**found.values, "accuracy": found.values["loss"]})
 
 

@@ -59,7 +59,7 @@ def told(facts: Facts) -> dict[str, Any]:
     return {"num_classes": 1}
 
 
-def loss(outputs: Tensors, batch: Tensors, *, config: Config) -> torch.Tensor:
+def loss(outputs: Tensors, batch: Tensors, *, config: Config, facts: Facts) -> torch.Tensor:
     from torch.nn import functional
 
     return functional.smooth_l1_loss(outputs["amount"].float()[:, 0], batch["weight"], beta=config.beta)
@@ -84,7 +84,7 @@ def modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def evaluate(
-    runners: Mapping[str, Runner], batches: Iterable[Mapping[str, np.ndarray]], *, config: Config
+    runners: Mapping[str, Runner], batches: Iterable[Mapping[str, np.ndarray]], *, config: Config, facts: Facts
 ) -> Evaluation:
     import numpy as np
 

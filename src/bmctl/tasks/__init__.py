@@ -91,7 +91,7 @@ class Task(Protocol):
         """What a model's constructor must know, such as the number of classes."""
         ...
 
-    def loss(self, outputs: Tensors, batch: Tensors, *, config: Any) -> torch.Tensor: ...
+    def loss(self, outputs: Tensors, batch: Tensors, *, config: Any, facts: Any) -> torch.Tensor: ...
     def score(self, outputs: Tensors, batch: Tensors) -> torch.Tensor:
         """Per sample score on the device, for progress display."""
         ...
@@ -110,13 +110,14 @@ class Task(Protocol):
         ...
 
     def evaluate(
-        self, runners: Mapping[str, Runner], batches: Iterable[Mapping[str, np.ndarray]], *, config: Any
+        self, runners: Mapping[str, Runner], batches: Iterable[Mapping[str, np.ndarray]], *, config: Any, facts: Any
     ) -> Evaluation:
         """The metrics on one split.
 
         Args:
             runners: By the names of `signatures`; they take any number of samples.
             batches: The model's fields and the targets.
+            facts: Of what is evaluated, not of the split.
         """
         ...
 

@@ -88,13 +88,20 @@ def told(facts: Facts) -> dict[str, Any]:
 # -- training ---------------------------------------------------------------------------------------
 
 
-def loss(outputs: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor], *, config: Config) -> torch.Tensor:
+def loss(
+    outputs: Mapping[str, torch.Tensor],
+    batch: Mapping[str, torch.Tensor],
+    *,
+    config: Config,
+    facts: Facts | None = None,
+) -> torch.Tensor:
     """Mean cross-entropy, in float32 whatever the precision of the forward pass.
 
     Args:
         outputs: ``logits`` [N, K].
         batch: ``label`` int64 [N].
         config: Label smoothing.
+        facts: Not used.
     """
     from torch.nn import functional
 
@@ -183,7 +190,11 @@ def words(prediction: Mapping[str, Any]) -> str:
 
 
 def evaluate(
-    runners: Mapping[str, Runner], batches: Iterable[Mapping[str, np.ndarray]], *, config: Config
+    runners: Mapping[str, Runner],
+    batches: Iterable[Mapping[str, np.ndarray]],
+    *,
+    config: Config,
+    facts: Facts | None = None,
 ) -> Evaluation:
     """Accuracy, macro F1 and the loss (without label smoothing) on one split; the trivial predictor is the majority.
 
@@ -191,6 +202,7 @@ def evaluate(
         runners: ``{"model": ...}``, from what the input gives to logits [n, K].
         batches: The model's fields, and ``label`` int64 [n].
         config: Not used: smoothing is for training.
+        facts: Not used.
 
     Raises:
         DataError: No samples, or a label outside of the model's K classes.

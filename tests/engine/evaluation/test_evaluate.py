@@ -67,7 +67,9 @@ def eagerly(model: nn.Module) -> Function:
 
 
 def evaluate(source: StageContext | Recipe, runner: Runner, **changes: Any) -> Evaluation:
-    return evaluate_parts(source, {"model": runner}, **{"split": "test", "given": GIVEN, "artifact": HASH} | changes)
+    return evaluate_parts(
+        source, {"model": runner}, **{"split": "test", "given": GIVEN, "facts": None, "artifact": HASH} | changes
+    )
 
 
 def hits(found: Evaluation) -> np.ndarray:

@@ -86,8 +86,8 @@ class ByLoss:
     def __getattr__(self, name: str) -> Any:
         return getattr(classify, name)
 
-    def evaluate(self, parts: Any, batches: Any, *, config: Any) -> Any:
-        found = classify.evaluate(parts, batches, config=config)
+    def evaluate(self, parts: Any, batches: Any, **known: Any) -> Any:
+        found = classify.evaluate(parts, batches, **known)
         return replace(found, values={name: found.values[name] for name in self.METRICS})
 
 

@@ -55,14 +55,14 @@ def metric_of(evaluation: Evaluation) -> dict[str, Any]:
 def score_module(context: StageContext, model: nn.Module, manifest: Manifest, given: Resolved) -> Evaluation:
     """The task's metric on validation, eagerly in fp32, of a model that is to be what the manifest says."""
     runners = open_model(model, manifest, device=context.group.device)
-    return evaluate_parts(context, runners, split="val", given=given)
+    return evaluate_parts(context, runners, split="val", given=given, facts=manifest.facts)
 
 
 def score_graphs(context: StageContext, graphs: Mapping[str, Path], manifest: Manifest, given: Resolved) -> Evaluation:
     """The task's metric on validation, of its graphs on ONNX Runtime."""
     with ExitStack() as stack:
         runners = _opened(graphs, manifest, stack)
-        return evaluate_parts(context, runners, split="val", given=given, backend="onnxruntime")
+        return evaluate_parts(context, runners, split="val", given=given, facts=manifest.facts, backend="onnxruntime")
 
 
 def file_score(context: StageContext, package: ModelPackage, evaluation: Evaluation | None, *, backend: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,7 @@ def evaluate_parts(
     *,
     split: str,
     given: Resolved,
+    facts: Mapping[str, Any] | None,
     artifact: str | None = None,
     backend: str = "eager",
 ) -> Evaluation:
@@ -48,6 +50,7 @@ def evaluate_parts(
         runners: The task's graphs by name; they may take batches of any size or of one only.
         split: ``val`` or ``test``.
         given: How samples become what the graphs take: the package's own, never the recipe's.
+        facts: Of the task, as the package's manifest has them; None takes those of the recipe's data.
         artifact: SHA-256 that identifies what is evaluated; with it and a context the result is kept in
             RUN/evaluations, and the next call reads it there.
         backend: What runs them, such as ``eager`` or ``onnxruntime``.
@@ -60,7 +63,7 @@ def evaluate_parts(
     """
     recipe = source if isinstance(source, Recipe) else source.recipe
     context = None if isinstance(source, Recipe) else source
-    samples = _open(source, split, given)
+    samples = _open(source, split, given, facts=facts)
     key = None
     if context is not None and artifact is not None:
         key = _key(recipe, samples, artifact, backend, split)
@@ -70,7 +73,7 @@ def evaluate_parts(
     assert recipe.task is not None  # _open has checked
     checked = {part: _Finite(Batched(runner), backend) for part, runner in runners.items()}
     batches = _batches(samples, split=split, context=context)
-    evaluation: Evaluation = TASKS[recipe.task.kind].evaluate(checked, batches, config=recipe.task)
+    evaluation: Evaluation = TASKS[recipe.task.kind].evaluate(checked, batches, config=recipe.task, facts=samples.facts)
     if context is not None and key is not None:
         _keep(context, evaluation, key)
     return evaluation
@@ -97,7 +100,15 @@ def evaluate_artifact(context: StageContext, path: Path, *, split: str) -> Evalu
         return known
     with ExitStack() as stack:
         runners = open_parts(source, stack, device=context.group.device)
-        return evaluate_parts(context, runners, split=split, given=given, artifact=source.hash, backend=backend)
+        return evaluate_parts(
+            context,
+            runners,
+            split=split,
+            given=given,
+            facts=source.manifest.facts,
+            artifact=source.hash,
+            backend=backend,
+        )
 
 
 def find_evaluation(
@@ -138,7 +149,9 @@ def _keep(context: StageContext, evaluation: Evaluation, key: scores.Key) -> Pat
     return path
 
 
-def _open(source: StageContext | Recipe, split: str, given: Resolved) -> Split:
+def _open(
+    source: StageContext | Recipe, split: str, given: Resolved, *, facts: Mapping[str, Any] | None = None
+) -> Split:
     data = Data(source) if isinstance(source, Recipe) else source.data
     recipe = data.recipe
     if recipe.task is None or recipe.data is None:
@@ -146,7 +159,8 @@ def _open(source: StageContext | Recipe, split: str, given: Resolved) -> Split:
             f"there is nothing to evaluate on: recipe {recipe.name!r} has no {'task' if recipe.data else 'data'}",
             hint="give a recipe with both: --recipe RECIPE",
         )
-    return open_split(data, name=split, given=given)
+    known = TASKS[recipe.task.kind].Facts.model_validate(facts) if facts is not None else None
+    return open_split(data, name=split, given=given, facts=known)
 
 
 def _key(recipe: Recipe, samples: Split, artifact: str, backend: str, split: str) -> scores.Key:

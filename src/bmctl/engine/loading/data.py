@@ -99,7 +99,7 @@ def fair_order(samples: Samples, indices: np.ndarray, recipe: Recipe) -> np.ndar
     return indices[balanced_order(np.asarray(samples.read(indices, only=(column,))[column]))]
 
 
-def open_split(data: Data, *, name: str, given: Resolved, augment: bool = False) -> Split:
+def open_split(data: Data, *, name: str, given: Resolved, augment: bool = False, facts: Any = None) -> Split:
     """The samples that the recipe asks for.
 
     Args:
@@ -107,6 +107,7 @@ def open_split(data: Data, *, name: str, given: Resolved, augment: bool = False)
         name: ``train``, ``val``, ``test``, or ``calib`` for calibration, which never takes from test.
         given: As `resolve_input` or a package's manifest says.
         augment: Do what the recipe's input says about training.
+        facts: Those of the package that is held against the samples; None takes the data's.
 
     Raises:
         DataError: Missing, empty, corrupt or inconsistent data.
@@ -119,7 +120,7 @@ def open_split(data: Data, *, name: str, given: Resolved, augment: bool = False)
         fingerprint=hashlib.sha256(samples.fingerprint.encode() + indices.astype("<i8").tobytes()).hexdigest(),
         given=given,
         task=task,
-        facts=TASKS[task.kind].facts(samples.columns, task) if task is not None else None,
+        facts=facts or (TASKS[task.kind].facts(samples.columns, task) if task is not None else None),
         asked=data.section.input if augment and data.section.input.kind == given.spec.kind else None,
     )
 

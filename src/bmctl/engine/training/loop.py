@@ -125,7 +125,7 @@ def _gradients(training: Training, batch: Batch) -> torch.Tensor:
         with shared.exchange(number == num_parts):
             with training.precision.autocast(device):
                 outputs = call(training.forward, part, takes=takes, gives=gives)
-            loss = task.loss(outputs, part, config=training.task_config)
+            loss = task.loss(outputs, part, config=training.task_config, facts=training.train.facts)
             if training.teacher is not None and training.distill is not None:
                 loss = _distilled(training, loss, outputs, part)
             watch.lap("forward")

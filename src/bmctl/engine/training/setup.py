@@ -213,7 +213,8 @@ def _checked(training: Training) -> Precision:
 
 
 def _loss(training: Training) -> Loss:
-    return lambda outputs, batch: training.task.loss(outputs, batch, config=training.task_config)
+    known = {"config": training.task_config, "facts": training.train.facts}
+    return lambda outputs, batch: training.task.loss(outputs, batch, **known)
 
 
 def _batches(training: Training, batch_size: int, count: int) -> Sequence[Batch]:

@@ -66,7 +66,10 @@ def evaluate(training: Training, *, step: int) -> Evaluation:
     try:
         with training.average.in_place() if training.average is not None else nullcontext():
             found: Evaluation = training.task.evaluate(
-                runners(training), _until_stopped(training, step), config=training.task_config
+                runners(training),
+                _until_stopped(training, step),
+                config=training.task_config,
+                facts=training.train.facts,
             )
             return found
     finally:
