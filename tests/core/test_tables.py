@@ -74,7 +74,8 @@ def test_fields_may_be_long_and_the_limit_of_others_stays(tmp_path: Path) -> Non
         ("a.jsonl", '{"text": ["a"], "label": "x"}\n', r"line 1: text is \[\"a\"\], expected a text"),
         ("a.jsonl", '{"text": "\\ud800", "label": "x"}\n', "line 1: text is no text"),
         ("a.jsonl", '{"text": "\\u0000", "label": "x"}\n', "line 1: a NUL byte"),
-        ("a.parquet", "PAR1", r"expected \.csv, \.tsv"),
+        ("a.parquet", "PAR1", "not a Parquet file"),
+        ("a.xlsx", "PK", r"expected \.csv, \.tsv"),
     ],
 )
 def test_bad_tables_are_refused(tmp_path: Path, name: str, content: str | bytes, said: str) -> None:

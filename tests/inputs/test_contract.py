@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bmctl.core.chance import Luck
-from bmctl.core.columns import Column, Picture, Text
+from bmctl.core.columns import Column, Picture, Real, Text
 from bmctl.inputs import INPUTS, Resolved, specs
 from bmctl.inputs import image as image_input
 
@@ -39,6 +39,7 @@ CASES: dict[str, tuple[Block, dict[str, Any]]] = {
         {"kind": "image", "augment": {"flip": True, "shift": 2, "crop": {}, "brightness": 0.4}},
     ),
     "text": (Block("text", Text(), TEXTS), {"kind": "text", "tokenizer": {"kind": "wordpiece"}}),
+    "tabular": (Block("size", Real(), np.arange(12, dtype=np.float32)), {"kind": "tabular"}),
 }
 AUGMENTED = {"image"}
 
@@ -57,7 +58,7 @@ class TestInput:
     def test_its_config_and_spec_name_it(self, kind: str) -> None:
         assert INPUTS[kind].Config.model_fields["kind"].default == kind
         assert INPUTS[kind].Spec.model_fields["kind"].default == kind
-        assert {column.kind for column in CASES[kind][0].columns.values()} == {INPUTS[kind].COLUMN}
+        assert {column.kind for column in CASES[kind][0].columns.values()} <= set(INPUTS[kind].READS)
 
     def test_a_spec_comes_back_from_a_manifest(self, kind: str) -> None:
         module, _, _, given = self.resolved(kind)

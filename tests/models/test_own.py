@@ -98,3 +98,31 @@ def test_the_graph_is_exported_with_any_batch(name: str) -> None:
     program = torch.export.export(model, (torch.zeros(2, 1, 28, 28),), dynamic_shapes=({0: batch},))
     x = torch.randn(5, 1, 28, 28)
     torch.testing.assert_close(program.module()(x), model(x))
+
+
+def tabular(numbers: int, sizes: tuple[int, ...]) -> torch.nn.Module:
+    given = (
+        *((TensorSpec(name="numbers", dtype="float32", shape=(BATCH, numbers)),) if numbers else ()),
+        *((TensorSpec(name="categories", dtype="int64", shape=(BATCH, len(sizes))),) if sizes else ()),
+    )
+    told = {"num_classes": 2, "category_sizes": sizes}
+    args = {"hidden": (8,), "embedding": 3}
+    return models.build(models.ModelSpec(name="bmctl:tabular", args=args, given=given, told=told))
+
+
+def test_rows_of_numbers_of_words_and_of_both() -> None:
+    torch.manual_seed(0)
+    numbers, categories = torch.randn(5, 4), torch.tensor([[0, 3], [1, 0], [2, 4], [0, 0], [2, 1]])
+    assert tabular(4, ())(numbers).shape == (5, 2)
+    assert tabular(0, (3, 5))(categories).shape == (5, 2)
+    both = tabular(4, (3, 5))
+    assert count(both) == 8 * 3 + (4 + 2 * 3) * 8 + 8 + 8 * 2 + 2
+    # The same id means another thing in another column.
+    rows = both.embedding(categories + both.first)
+    assert torch.equal(rows[0, 0], both.embedding.weight[0])
+    assert torch.equal(rows[0, 1], both.embedding.weight[3 + 3])
+
+
+def test_a_tabular_network_takes_rows() -> None:
+    with pytest.raises(RecipeError, match="bmctl:tabular takes rows of a table; the data give input float32"):
+        build("tabular")

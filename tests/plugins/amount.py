@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Tensors = Mapping[str, "torch.Tensor"]
 
 METRICS = {metric.name: metric for metric in (Metric("rmse", "lower", "kg"), Metric("mae", "lower", "kg"))}
+SCORED = "mae"
 GIVES = ("amount",)
 COLUMNS = ("amount",)
 
@@ -65,8 +66,8 @@ def loss(outputs: Tensors, batch: Tensors, *, config: Config, facts: Facts) -> t
     return functional.smooth_l1_loss(outputs["amount"].float()[:, 0], batch["weight"], beta=config.beta)
 
 
-def score(outputs: Tensors, batch: Tensors) -> torch.Tensor:
-    return -(outputs["amount"].float()[:, 0] - batch["weight"]).abs()
+def score(outputs: Tensors, batch: Tensors, *, facts: Facts) -> torch.Tensor:
+    return (outputs["amount"].float()[:, 0] - batch["weight"]).abs()
 
 
 def distill_loss(student: Tensors, teacher: Tensors, *, temperature: float) -> torch.Tensor:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bmctl.inputs import Examples, Records, Resolved
 
 COLUMN = "text"
+READS = (COLUMN,)
 FIELD = "numbers"
 
 

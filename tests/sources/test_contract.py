@@ -26,7 +26,10 @@ def configs(tmp_path: Path, save_images: SaveImages) -> dict[str, Strict]:
         write(tmp_path / f"{prefix}-labels-idx1-ubyte", np.arange(30, dtype=np.uint8) % 3)
     texts = [f"the {index}th text\t{'ab'[index % 2]}" for index in range(40)]
     (tmp_path / "texts.tsv").write_text("\n".join(["text\tlabel", *texts]))
+    rows = [f"{index % 9},{'ab'[index % 2]}" for index in range(40)]
+    (tmp_path / "rows.csv").write_text("\n".join(["size,kind", *rows]))
     fields = {
+        "tabular": {"path": str(tmp_path / "rows.csv"), "label": "kind"},
         "table": {"path": str(tmp_path / "texts.tsv")},
         "folder": {"root": str(tmp_path / "data")},
         "csv": {"path": str(tmp_path / "list.csv")},
@@ -49,7 +52,7 @@ def test_samples_are_the_same_every_time_and_fit_together(configs: dict[str, Str
         assert len(samples) > 0
         last = len(samples) - 1
         records = samples.read([last, 0, last])
-        what = "text" if SOURCES[kind].INPUT == "text" else "picture"
+        what = {"text": "text", "tabular": "size"}.get(SOURCES[kind].INPUT, "picture")
         assert list(records) == list(samples.columns) == [what, "label"]
         labels = samples.read(range(len(samples)), only=("label",))
         assert list(labels) == ["label"]
@@ -59,7 +62,7 @@ def test_samples_are_the_same_every_time_and_fit_together(configs: dict[str, Str
         values = [np.asarray(value) for value in records[what]]
         if what == "picture":
             assert all(image.dtype == np.uint8 and image.ndim in (2, 3) for image in values)
-        else:
+        elif what == "text":
             assert all(isinstance(text, str) for text in records[what])
         assert np.array_equal(values[0], values[2])
         assert np.array_equal(values[0], samples.read([last])[what][0])

@@ -38,9 +38,15 @@ class Id:
 
 @dataclass(frozen=True)
 class Real:
-    """float32."""
+    """float32; nan where a feature is missing.
+
+    Attributes:
+        mean: Of the training samples, whichever split this is of; so is `std`.
+    """
 
     kind: ClassVar[str] = "real"
+    mean: float = 0.0
+    std: float = 1.0
 
 
 Column = Picture | Text | Class | Id | Real

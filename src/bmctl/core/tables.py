@@ -1,27 +1,34 @@
-"""Rows of text files with columns: CSV, TSV and JSONL, gzipped or not, in UTF-8; whatever is wrong is told by line."""
+"""Rows of files with columns: CSV, TSV and JSONL, gzipped or not, in UTF-8, and Parquet; what is wrong is told by line.
+
+Every field comes as text, whatever the file is, so that all of them are read alike: what is missing is the empty text.
+"""
 
 from __future__ import annotations
 
 import csv
 import gzip
 import json
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from bmctl.errors import DataError
+from bmctl.errors import DataError, DependencyError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 JSON_LINES = (".jsonl", ".ndjson")
-SUFFIXES = (*DELIMITERS, *JSON_LINES)
+PARQUET = ".parquet"
+SUFFIXES = (*DELIMITERS, *JSON_LINES, PARQUET)
+MISSING = frozenset(("", "na", "n/a", "nan", "null", "none", "?"))
+"""Small letters of what stands for a number that is not there."""
 _MOST_FIELD = 2**31 - 1
 
 
 class Line(NamedTuple):
     """Attributes:
-    line: Number of the line on which it ends, from 1.
+    line: Number of the line on which it ends, or of the row in a Parquet file, from 1.
     fields: Text by column.
     """
 
@@ -35,7 +42,7 @@ def table_suffix(path: Path) -> str:
 
 
 def read_rows(
-    path: Path, *, wanted: Sequence[str], names: Sequence[str] | None = None, skip: int = 0, hint: str
+    path: Path, *, wanted: Sequence[str] | None, names: Sequence[str] | None = None, skip: int = 0, hint: str
 ) -> Iterator[Line]:
     """Rows in the order in which they stand.
 
@@ -43,22 +50,26 @@ def read_rows(
 
     Args:
         path: One of SUFFIXES, or that and .gz.
-        wanted: Columns that there must be.
+        wanted: Columns that there must be; None takes those of the header, or of the first object.
         names: Of the columns, where the first line does not say them; not for JSON.
         skip: Lines to pass over first.
         hint: What to do where a column is missing.
 
     Raises:
         DataError: Not there, damaged, not UTF-8, without a wanted column, or with a row of other columns.
+        DependencyError: Parquet is not read here.
     """
     suffix = table_suffix(path)
     if suffix not in SUFFIXES:
         raise DataError(f"{path}: expected {', '.join(SUFFIXES)}, or one of these and .gz", hint="rename the file")
+    if suffix == PARQUET:
+        yield from _parquet_rows(path, wanted=wanted, skip=skip, hint=hint)
+        return
     with _opened(path) as file:
         for _ in range(skip):
             file.readline()
         if suffix in JSON_LINES:
-            yield from _json_rows(file, path=path, wanted=wanted, skip=skip)
+            yield from _json_rows(file, path=path, wanted=wanted, skip=skip, hint=hint)
         else:
             quoting: Any = csv.QUOTE_MINIMAL if suffix == ".csv" else csv.QUOTE_NONE
             reader = csv.reader(file, delimiter=DELIMITERS[suffix], quoting=quoting, strict=True)
@@ -78,14 +89,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _csv_rows(
-    reader: Any, *, path: Path, wanted: Sequence[str], names: Sequence[str] | None, skip: int, hint: str
+    reader: Any, *, path: Path, wanted: Sequence[str] | None, names: Sequence[str] | None, skip: int, hint: str
 ) -> Iterator[Line]:
     columns = list(names) if names is not None else next(reader, [])
-    missing = [name for name in wanted if name not in columns]
-    if missing:
-        raise DataError(
-            f"{path}: no column {' and '.join(missing)}; its columns are {', '.join(columns) or 'none'}", hint=hint
-        )
+    wanted = columns if wanted is None else wanted
+    _check_there(wanted, columns, path=path, hint=hint)
     twice = sorted({name for name in columns if columns.count(name) > 1 and name in wanted})
     if twice:
         raise DataError(f"{path}: there are two columns {twice[0]}", hint="rename one of them")
@@ -103,7 +111,38 @@ def _csv_rows(
         yield Line(skip + reader.line_num, dict(zip(columns, fields, strict=True)))
 
 
-def _json_rows(file: TextIO, *, path: Path, wanted: Sequence[str], skip: int) -> Iterator[Line]:
+def _check_there(wanted: Sequence[str], columns: Sequence[str], *, path: Path, hint: str) -> None:
+    missing = [name for name in wanted if name not in columns]
+    if missing:
+        raise DataError(
+            f"{path}: no column {' and '.join(missing)}; its columns are {', '.join(columns) or 'none'}", hint=hint
+        )
+
+
+def _parquet_rows(path: Path, *, wanted: Sequence[str] | None, skip: int, hint: str) -> Iterator[Line]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DependencyError(f"{path}: Parquet needs pyarrow", hint="pip install 'bmctl[parquet]'") from error
+    if not path.is_file():
+        raise DataError(f"there is no file {path}", hint="check the path; it is relative to where bmctl is started")
+    try:
+        with parquet.ParquetFile(path) as file:
+            wanted = file.schema_arrow.names if wanted is None else wanted
+            _check_there(wanted, file.schema_arrow.names, path=path, hint=hint)
+            number = 0
+            for batch in file.iter_batches(columns=list(wanted)):
+                for row in batch.to_pylist():
+                    number += 1
+                    where = f"{path}, row {number}"
+                    if number > skip:
+                        yield Line(number, {name: as_text(row[name], name=name, where=where) for name in wanted})
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a Parquet file ({error})", hint="fetch the file again") from error
+
+
+def _json_rows(file: TextIO, *, path: Path, wanted: Sequence[str] | None, skip: int, hint: str) -> Iterator[Line]:
     for number, line in enumerate(file, skip + 1):
         where = f"{path}, line {number}"
         if not line.strip():
@@ -114,25 +153,49 @@ def _json_rows(file: TextIO, *, path: Path, wanted: Sequence[str], skip: int) ->
             raise DataError(f"{where}: not JSON ({error})", hint="one object on each line") from error
         if not isinstance(found, dict):
             raise DataError(f"{where}: expected an object", hint='such as {"text": "...", "label": "..."}')
+        wanted = list(found) if wanted is None else wanted
         missing = [name for name in wanted if name not in found]
         if missing:
             raise DataError(
-                f"{where}: no {' and no '.join(missing)}; there is {', '.join(found) or 'nothing'}",
-                hint="--set data.source.text=NAME, data.source.label=NAME",
+                f"{where}: no {' and no '.join(missing)}; there is {', '.join(found) or 'nothing'}", hint=hint
             )
-        fields = {name: _text(value, name=name, where=where) for name, value in found.items() if name in wanted}
-        yield Line(number, fields)
+        yield Line(number, {name: as_text(found[name], name=name, where=where) for name in wanted})
 
 
-def _text(value: Any, *, name: str, where: str) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise DataError(f"{where}: {name} is {json.dumps(value)[:40]}, expected a text", hint="see the line")
-    _check_nul(str(value), where=where)
+def as_text(value: Any, *, name: str, where: str) -> str:
+    """A value of JSON or Parquet as a CSV file would hold it: nothing is the empty text, numbers come back exactly.
+
+    Raises:
+        DataError: A list, an object, bytes, or what is no text.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | dict | bytes):
+        raise DataError(
+            f"{where}: {name} is {json.dumps(value, default=str)[:40]}, expected a text or a number",
+            hint="see the line",
+        )
+    text = str(value)
+    _check_nul(text, where=where)
     try:
-        str(value).encode()
+        text.encode()
     except UnicodeEncodeError as error:  # JSON may hold half of a character
         raise DataError(f"{where}: {name} is no text ({error.reason})", hint="see the line") from error
-    return str(value)
+    return text
+
+
+def as_number(text: str) -> float | None:
+    """A finite number, nan where it is missing, None where it is neither."""
+    text = text.strip()
+    if text.lower() in MISSING:
+        return math.nan
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and "_" not in text else None
 
 
 def _check_nul(text: str, *, where: str) -> None:

@@ -44,7 +44,7 @@ class Examples(Protocol):
     """The training samples that the recipe's limits leave, without the columns that the task takes as targets.
 
     Attributes:
-        columns: Those of the kind that the input reads.
+        columns: Those of the kinds that the input reads.
         in_memory: Reading them all costs nothing.
     """
 
@@ -64,12 +64,12 @@ class Input(Protocol):
     Attributes:
         Config: The recipe's `data.input`: None is left to publisher and data; and what only training does.
         Spec: Everything decided; it stands in manifests.
-        COLUMN: Kind of the columns that it reads; it is given those of this kind that the task does not take.
+        READS: Kinds of the columns that it reads; it is given those of these kinds that the task does not take.
     """
 
     Config: type[Strict]
     Spec: type[Strict]
-    COLUMN: str
+    READS: tuple[str, ...]
 
     def check(self, given: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         """Key below `data.input`, message and hint of numbers that do not fit together; `given` may hold anything."""
@@ -125,7 +125,7 @@ class Input(Protocol):
         Pure: the same for the same records and luck, in every process and for every cut of an epoch into batches.
 
         Args:
-            records: Columns of COLUMN's kind.
+            records: Columns of the kinds in READS.
             given: As decided.
             asked: The recipe's Config, for what it says about training; None in evaluation and inference.
             luck: Of the samples, one for each; None in evaluation and inference.
@@ -173,6 +173,7 @@ INPUTS: Mapping[str, ModuleType] = plugins(
     __name__,
     "image",
     "text",
+    "tabular",
 )
 
 # The table is the single source of what a recipe and a manifest may name; type checkers cannot read a table.

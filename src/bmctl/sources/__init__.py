@@ -96,4 +96,5 @@ SOURCES: Mapping[str, ModuleType] = plugins(
     "webdataset",
     "stream",
     "table",
+    "tabular",
 )

@@ -69,6 +69,7 @@ class Task(Protocol):
         GIVES: Names of the model's outputs, in the order in which it gives them.
         COLUMNS: Of a prediction that fit in a table.
         METRICS: By name, the main one first; see core.evaluation.Counting for what reads an evaluation's counts.
+        SCORED: Which of them `score` gives: one that is a mean over samples.
     """
 
     Config: type[Strict]
@@ -76,6 +77,7 @@ class Task(Protocol):
     GIVES: tuple[str, ...]
     COLUMNS: tuple[str, ...]
     METRICS: Mapping[str, Metric]
+    SCORED: str
 
     def needs(self, config: Any) -> tuple[str, ...]:
         """Columns that the targets are taken from: the model does not see them."""
@@ -92,8 +94,8 @@ class Task(Protocol):
         ...
 
     def loss(self, outputs: Tensors, batch: Tensors, *, config: Any, facts: Any) -> torch.Tensor: ...
-    def score(self, outputs: Tensors, batch: Tensors) -> torch.Tensor:
-        """Per sample score on the device, for progress display."""
+    def score(self, outputs: Tensors, batch: Tensors, *, facts: Any) -> torch.Tensor:
+        """The metric SCORED per sample, on the device, for progress display."""
         ...
 
     def distill_loss(self, student: Tensors, teacher: Tensors, *, temperature: float) -> torch.Tensor: ...
@@ -137,6 +139,7 @@ class Task(Protocol):
 TASKS: Mapping[str, ModuleType] = plugins(
     __name__,
     "classify",
+    "regress",
 )
 
 

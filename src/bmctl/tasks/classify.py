@@ -20,6 +20,7 @@ METRICS: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (Metric("accuracy", unit=SHARE), Metric("macro_f1", unit=SHARE), Metric("loss", "lower", "nats"))
 }
+SCORED = "accuracy"
 TARGET, PREDICTED, LOSS = range(3)
 """Columns of an evaluation's counts."""
 GIVES = ("logits",)
@@ -109,7 +110,9 @@ def loss(
     return functional.cross_entropy(logits, batch[LABEL], label_smoothing=config.label_smoothing)
 
 
-def score(outputs: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def score(
+    outputs: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor], *, facts: Facts | None = None
+) -> torch.Tensor:
     """float32 [N]: 1 where the largest logit is the target's, else 0."""
     return (outputs["logits"].argmax(dim=1) == batch[LABEL]).float()
 

@@ -81,5 +81,7 @@ def test_ranks_evaluate_their_rows_and_know_all_targets(split: Split, world: int
 
 def test_a_source_without_such_a_column_is_told(split: Split) -> None:
     assert list(split.columns) == ["text"]
-    with pytest.raises(DataError, match=r"image encodes a picture, and the samples of data\.source have text, label"):
+    with pytest.raises(
+        DataError, match=r"image encodes columns of picture, and the samples of data\.source have text, label"
+    ):
         input_columns(split.samples.columns, kind="image", task=split.task)

@@ -22,6 +22,7 @@ def make_log(run: Path, events: list[dict[str, Any]], *, leads: bool = True, eve
         context,  # type: ignore[arg-type]
         stage="train",
         metric=Metric("accuracy", unit="share"),
+        scored=Metric("accuracy", unit="share"),
         batch_size=8,
         steps_per_epoch=10,
         num_steps=35,

@@ -57,13 +57,15 @@ class Data:
         """Everything that the source has of `train`, `val` or `test`.
 
         Raises:
-            DataError: Missing, empty, corrupt or inconsistent data.
+            DataError: Missing, empty, corrupt or inconsistent data, or none for the recipe's task.
         """
         if split not in self._opened:
             source: Any = self.section.source
             samples: Samples = SOURCES[source.kind].open(source, split=split)
             if len(samples) == 0:
                 raise DataError(f"data.source: the {split} split is empty")
+            if (task := self.recipe.task) is not None:
+                TASKS[task.kind].facts(samples.columns, task)  # says what the task misses before anybody looks for it
             self._opened[split] = samples
         return self._opened[split]
 

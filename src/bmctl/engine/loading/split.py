@@ -141,17 +141,18 @@ def as_tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def input_columns(columns: Mapping[str, Column], *, kind: str, task: Any) -> dict[str, Column]:
-    """Those that an input encodes: of the kind that it reads, without what the task takes its targets from.
+    """Those that an input encodes: of the kinds that it reads, without what the task takes its targets from.
 
     Raises:
         DataError: There are none.
     """
     taken = TASKS[task.kind].needs(task) if task is not None else ()
-    wanted = INPUTS[kind].COLUMN
-    found = {name: column for name, column in columns.items() if column.kind == wanted and name not in taken}
+    wanted = INPUTS[kind].READS
+    found = {name: column for name, column in columns.items() if column.kind in wanted and name not in taken}
     if not found:
         raise DataError(
-            f"data.input: {kind} encodes a {wanted}, and the samples of data.source have {', '.join(columns)}",
+            f"data.input: {kind} encodes columns of {' or '.join(wanted)}, and the samples of data.source have "
+            f"{', '.join(columns)}",
             hint="set data.input.kind to what fits the source",
         )
     return found

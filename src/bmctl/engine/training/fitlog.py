@@ -22,6 +22,7 @@ class FitLog:
         context: Its first rank speaks.
         stage: Whose events these are, and the folder of TensorBoard's file.
         metric: The task's main one; lines and TensorBoard name it.
+        scored: What the task scores training batches by.
         batch_size: Samples per optimizer step, over all processes.
         steps_per_epoch: Whole global batches in the training data.
         num_steps: At which the training ends.
@@ -37,13 +38,15 @@ class FitLog:
         context: StageContext,
         stage: str,
         metric: Metric,
+        scored: Metric,
         batch_size: int,
         steps_per_epoch: int,
         num_steps: int,
         eval_every_steps: int | None = None,
     ) -> None:
-        self._context, self._stage, self._metric = context, stage, metric.name
+        self._context, self._stage, self._metric, self._scored = context, stage, metric.name, scored.name
         self._named = {"metric_name": metric.name, "metric_unit": metric.unit}
+        self._named_score = {"metric_name": scored.name, "metric_unit": scored.unit}
         self._batch_size, self._steps_per_epoch, self._num_steps = batch_size, steps_per_epoch, num_steps
         self._by_epoch = eval_every_steps is None
         self._board: SummaryWriter | None = None
@@ -123,7 +126,7 @@ class FitLog:
             steps=self._num_steps,
             loss=loss,
             metric=metric,
-            **self._named,
+            **self._named_score,
             lr=lr,
             samples_per_s=speed,
             eta_s=eta_s if time_left_s is None else max(0.0, min(eta_s, time_left_s)),
@@ -132,7 +135,7 @@ class FitLog:
         times = {f"time/{part}_ms": value for part, value in parts.items()} if parts else {}
         if parts:
             times["time/step_ms"] = sum(parts.values())
-        values = {"train/loss": loss, f"train/{self._metric}": metric, "train/lr": lr, "samples_per_s": speed}
+        values = {"train/loss": loss, f"train/{self._scored}": metric, "train/lr": lr, "samples_per_s": speed}
         self._draw(step, values | times)
 
     def evaluation(
@@ -149,7 +152,7 @@ class FitLog:
 
         Args:
             step: Optimizer steps done.
-            loss: Mean over the steps since the last evaluation; so is `metric`.
+            loss: Mean over the steps since the last evaluation; so is `metric`, what the task scores batches by.
             val_metric: On the validation data; so is `val_loss`, where the task has one.
             is_best: No evaluation before was as good.
         """

@@ -132,7 +132,7 @@ def _gradients(training: Training, batch: Batch) -> torch.Tensor:
             training.scaler.scale(loss / num_parts if num_parts > 1 else loss).backward()
         with torch.no_grad():
             sums[0] += loss.detach() / num_parts
-            sums[1] += task.score(outputs, part).mean() / num_parts
+            sums[1] += task.score(outputs, part, facts=training.train.facts).mean() / num_parts
         watch.lap("backward")
     watch.add("communication", shared.take_communication_s())
     return sums

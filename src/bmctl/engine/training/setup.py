@@ -88,6 +88,7 @@ def set_up(training: Training, found: Checkpoint | None, undo: ExitStack) -> Non
         context,
         training.stage,
         main_metric(training.task),
+        training.task.METRICS[training.task.SCORED],
         training.batch_size,
         training.steps_per_epoch,
         training.num_steps,

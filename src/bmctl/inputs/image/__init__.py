@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bmctl.inputs.image.spec import COLUMN as COLUMN
-from bmctl.inputs.image.spec import FIELD, Config, Spec
+from bmctl.inputs.image.spec import COLUMN, FIELD, Config, Spec
 from bmctl.schema import BATCH, Emit, Span, TensorSpec
 
 if TYPE_CHECKING:
@@ -17,6 +16,10 @@ if TYPE_CHECKING:
     from bmctl.core.chance import Luck
     from bmctl.core.requests import OnBad, Requests
     from bmctl.inputs import Examples, Records, Resolved
+
+READS = (COLUMN,)
+
+__all__ = ["COLUMN", "FIELD", "Config", "Spec"]
 
 
 def check(given: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

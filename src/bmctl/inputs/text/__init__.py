@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from bmctl.inputs import Examples, Records, Resolved
 
 
+READS = (COLUMN,)
+
 __all__ = ["COLUMN", "IDS", "MASK", "TOKENIZER", "Config", "Spec", "TokenizerConfig"]
 
 

@@ -24,6 +24,7 @@ from bmctl.models.spec import (
     image_of,
     num_inputs,
     told_of,
+    words,
 )
 from bmctl.schema import Many, Strict
 
@@ -63,10 +64,7 @@ class MLP(Strict):
     hidden: Width of each hidden layer; one number is one layer.
     """
 
-    hidden: Annotated[Many[Width], BeforeValidator(lambda value: (value,) if type(value) is int else value)] = (
-        512,
-        256,
-    )
+    hidden: Widths = (512, 256)
     dropout: Probability = 0.0
 
     def build(self, spec: ModelSpec) -> nn.Module:
@@ -74,6 +72,39 @@ class MLP(Strict):
 
         num_classes = told_of(spec, "num_classes")
         return networks.MLP(num_inputs=num_inputs(spec), num_classes=num_classes, **self.model_dump())
+
+
+class Tabular(Strict):
+    """Rows of a table: linear layers over numbers and embedded categories.
+
+    Attributes:
+        hidden: Width of each hidden layer; one number is one layer.
+        embedding: Numbers that a category becomes.
+    """
+
+    hidden: Widths = (128, 64)
+    embedding: Annotated[int, Field(ge=1, le=4096)] = 8
+    dropout: Probability = 0.0
+
+    def build(self, spec: ModelSpec) -> nn.Module:
+        """Raises:
+        RecipeError: An input that is no row of a table.
+        """
+        from bmctl.models.own import networks
+
+        sizes = spec.told.get("category_sizes")
+        if not isinstance(sizes, tuple):
+            raise RecipeError(
+                f"model.name: {spec.name} takes rows of a table; the data give {words(spec.given)}",
+                hint="take a model for such data",
+            )
+        widths = [one.shape[1] for one in spec.given if one.dtype == "float32"]
+        return networks.Tabular(
+            num_numbers=sum(width for width in widths if isinstance(width, int)),
+            category_sizes=sizes,
+            num_classes=told_of(spec, "num_classes"),
+            **self.model_dump(),
+        )
 
 
 class Encoder(Strict):
@@ -108,7 +139,9 @@ class Encoder(Strict):
         return networks.Encoder(**told, **{**self.model_dump(), "hidden": self.hidden or 4 * self.width})
 
 
-NETWORKS: Mapping[str, type[Strict]] = MappingProxyType({"rescnn": ResCNN, "mlp": MLP, "encoder": Encoder})
+NETWORKS: Mapping[str, type[Strict]] = MappingProxyType(
+    {"rescnn": ResCNN, "mlp": MLP, "tabular": Tabular, "encoder": Encoder}
+)
 
 
 def names() -> list[str]:
