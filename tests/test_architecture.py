@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe.yamlio": set(),
     "disk": set(),
     "store": {"disk"},
-    "rundir": {"store", "disk", "recipe", "package"},
+    "rundir": {"store", "disk", "recipe", "package", "job"},
     "weights": {"store"},
     "package": {"store", "weights", "models", "inputs"},
     "restore": {"package", "weights", "models", "methods"},

@@ -123,6 +123,22 @@ def write_atomic(path: Path, data: bytes) -> None:
             raise
 
 
+def append_line(path: Path, text: str) -> None:
+    """Add one line to a file, whole or not at all, so that what follows can still be read.
+
+    Raises:
+        ResourceError: The disk is full, read-only or not ours.
+    """
+    with disk_errors(path), path.open("ab", buffering=0) as file:
+        before, left = file.tell(), memoryview(text.encode() + b"\n")
+        try:
+            while left:  # a disk that fills up takes a part first
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(before)
+            raise
+
+
 def replace_link(link: Path, target_name: str) -> None:
     """Point the symbolic link `link` at its sibling `target_name`, atomically.
 

@@ -19,7 +19,7 @@ class Job(Strict):
     """One call of torchrun.
 
     Attributes:
-        run: The run's directory, which holds the resolved recipe.
+        run: The run's directory, which holds the resolved recipe of the job (`Logs.recipe`).
         resume: Go on from the newest checkpoint.
         overwrite: Do a finished stage again.
         profile: Write a trace of a few steps into the run.
@@ -51,6 +51,11 @@ class Logs:
     @property
     def folder(self) -> Path:
         return self.run / "logs"
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe of the command at work: the same for all machines, and not always the run's own."""
+        return self.folder / "recipe.yaml"
 
     @property
     def job(self) -> Path:

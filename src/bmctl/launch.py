@@ -136,7 +136,7 @@ def _run_group(job: Job, config: LaunchConfig, *, emit: Emit) -> None:
     is_shared = config.nodes.max > 1
     job = job.model_copy(update={"node": own_suffix() if is_shared else ""})
     logs, shared = Logs(Path(job.run), node=job.node), AgentState()
-    recipe = load_recipe(logs.run / "recipe.yaml")
+    recipe = load_recipe(logs.recipe)
     grace_s = recipe.train.grace_s if recipe.train else 30.0
     _prepare(job, logs)
     given = {"grace_s": grace_s, "recipe_hash": hashlib.sha256(recipe_yaml(recipe).encode()).hexdigest()}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from bmctl import stages, store
+from bmctl.backends import named
 from bmctl.errors import BmctlError, RecipeError, UsageError
 from bmctl.methods import METHODS, of_verb
 from bmctl.recipe import InferConfig, describe
@@ -40,7 +41,7 @@ def run(options: Options, *, first: str, last: str, profile: bool = False) -> in
         if "compress" in chosen and start is not None:
             stages.compress(session, start=start)
         if "export" in chosen:
-            stages.export(session)
+            stages.export(session, backends=recipe.export.backends)
         if "infer" in chosen and recipe.infer:
             stages.infer(session)
         return stages.finish(session)
@@ -48,7 +49,7 @@ def run(options: Options, *, first: str, last: str, profile: bool = False) -> in
 
 def train(options: Options, *, source: str | None = None, nproc: int | None = None, profile: bool = False) -> int:
     """Train, or train a package further; with several processes where the recipe or `nproc` says so."""
-    target = find_target(options, source, extra=[f"launch.nproc={nproc}"] if nproc is not None else [])
+    target = find_target(options, source, once=[f"launch.nproc={nproc}"] if nproc is not None else [])
     if target.recipe.train is None:
         raise RecipeError(f"recipe {target.recipe.name!r} has no train section", hint="add one: train: {epochs: 10}")
     if options.dry_run:
@@ -93,19 +94,21 @@ def export(
     """Build, prove, measure and gate the newest package's artifacts, beside those of the uncompressed model.
 
     Args:
-        backends: Names of backends in place of the recipe's.
+        backends: Names of backends: only these, configured as the recipe has them.
         flag: Of backends.choose: that one as well.
         axes: Sizes of free axes, such as ``width=32:320:640``.
         sample: An .npz that a foreign graph is compared and timed on.
     """
-    chosen = [f"export.backends=[{', '.join(backends)}]"] if backends else []
-    target = find_target(options, source, extra=[*chosen, *graph_overrides(axes, sample=sample)])
+    target = find_target(options, source, once=graph_overrides(axes, sample=sample))
+    chosen = named(backends, given=target.recipe.export.backends) if backends else target.recipe.export.backends
     if options.dry_run:
-        return _plan(options, target, of=STAGES[:3] if options.recipe else ("export",))
+        section = target.recipe.export.model_copy(update={"backends": chosen})
+        narrowed = replace(target, recipe=target.recipe.model_copy(update={"export": section}))
+        return _plan(options, narrowed, of=STAGES[:3] if options.recipe else ("export",))
     with opened(options, target) as session:
         if stages.start(session, target) is None and options.recipe:
             stages.compress(session, start=stages.first_package(session))
-        stages.export(session, flag=flag)
+        stages.export(session, backends=chosen, flag=flag)
         return stages.finish(session)
 
 
@@ -151,8 +154,7 @@ def import_model(
     if match not in ("name", "position"):
         raise UsageError(f"--match {match}: no such way", hint="name or position")
     options = _with_own_recipe(options, source)
-    overrides = [*(options.overrides or ()), *graph_overrides(axes, sample=sample)]
-    target = import_target(options, name=model or source, overrides=overrides)
+    target = import_target(options, name=model or source, once=graph_overrides(axes, sample=sample))
     if options.dry_run:
         return _say(options, {"import": source, "into": str(target.run)})
     with opened(options, target) as session:

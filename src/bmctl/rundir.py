@@ -1,4 +1,8 @@
-"""A run's directory: where it is, who may write to it, what its files are called."""
+"""A run's directory: where it is, who may write to it, what its files are called.
+
+Two recipes lie there. RUN/recipe.yaml is the run's: what its packages were made with, and what later commands start
+from. logs/recipe.yaml is that of the command at work, with all that its flags said, for the processes that it starts.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from pathlib import Path
 from bmctl import __version__, store
 from bmctl.disk import disk_errors
 from bmctl.errors import PackageError, RecipeError, ResourceError, UsageError
+from bmctl.job import Logs
 from bmctl.recipe import Recipe, recipe_yaml
 
 RUNS = Path("runs")
@@ -55,15 +60,24 @@ def newest_run() -> Path:
             f"no run under {RUNS.resolve()}",
             hint="train one: bmctl train --recipe fashion-mnist, or name a package or run",
         )
-    return max(runs, key=lambda path: max(p.stat().st_mtime_ns for p in (path, path / "manifest.json")))
+    return max(runs, key=_used)
+
+
+def _used(run: Path) -> int:
+    """When a command last held the run, in ns."""
+    return max(path.stat().st_mtime_ns for path in (run, run / "manifest.json", run / ".lock") if path.exists())
 
 
 @contextmanager
-def opened(path: Path, recipe: Recipe) -> Iterator[bool]:
+def opened(path: Path, recipe: Recipe, *, kept: Recipe | None = None) -> Iterator[bool]:
     """Create the run or add to it, alone: a second process is refused while this one holds the lock.
 
     Where the recipe names several machines, their processes share the run: the first to come owns it, the others must
     have brought the same recipe.
+
+    Args:
+        recipe: Of this command.
+        kept: What a new run takes for its own; None takes `recipe`. A run that is there keeps the one it has.
 
     Yields:
         Whether the run is this process's own; else it joined other machines.
@@ -83,18 +97,32 @@ def opened(path: Path, recipe: Recipe) -> Iterator[bool]:
             f"cannot create {path}: {error.strerror}", hint="choose another directory: -o RUN"
         ) from error
     if many:
-        with _shared(path, recipe) as owns:
+        with _shared(path, recipe, kept=kept or recipe) as owns:
             yield owns
         return
     with store.locked(path):
-        _write(path, recipe)
+        _begin(path, recipe, kept=kept or recipe)
         yield True
 
 
-def _write(path: Path, recipe: Recipe) -> None:
-    store.write_atomic(path / "recipe.yaml", recipe_yaml(recipe).encode())
+def keep_recipe(path: Path, recipe: Recipe) -> None:
+    """Make `recipe` the run's own: its packages were made with it."""
+    text = recipe_yaml(recipe).encode()
+    if is_run(path) and (path / "recipe.yaml").is_file() and (path / "recipe.yaml").read_bytes() == text:
+        return
+    store.write_atomic(path / "recipe.yaml", text)
     manifest = {"format": 1, "bmctl": __version__, "kind": "run", "name": recipe.name, "seed": recipe.seed}
     store.write_atomic(path / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+
+
+def _begin(path: Path, recipe: Recipe, *, kept: Recipe) -> None:
+    """What a command leaves before it does anything else: its own recipe, and where there is no run yet, one."""
+    if not is_run(path) or not (path / "recipe.yaml").is_file():
+        keep_recipe(path, kept)
+    job = Logs(path).recipe
+    with disk_errors(job):
+        job.parent.mkdir(exist_ok=True)
+    store.write_atomic(job, recipe_yaml(recipe).encode())
 
 
 def _is_free(path: Path, *, many: bool) -> bool:
@@ -104,14 +132,14 @@ def _is_free(path: Path, *, many: bool) -> bool:
 
 
 @contextmanager
-def _shared(path: Path, recipe: Recipe) -> Iterator[bool]:
+def _shared(path: Path, recipe: Recipe, *, kept: Recipe) -> Iterator[bool]:
     """Hold the run together with the other machines of one job."""
     lock = path / ".lock"
     with disk_errors(lock):
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         deadline = time.monotonic() + BEGIN_S
-        while (owns := _joined(handle, path, recipe)) is None:
+        while (owns := _joined(handle, path, recipe, kept=kept)) is None:
             if time.monotonic() >= deadline:
                 holder = os.pread(handle, 64, 0).decode(errors="replace").strip() or "unknown"
                 raise ResourceError(
@@ -125,7 +153,7 @@ def _shared(path: Path, recipe: Recipe) -> Iterator[bool]:
         os.close(handle)
 
 
-def _joined(handle: int, path: Path, recipe: Recipe) -> bool | None:
+def _joined(handle: int, path: Path, recipe: Recipe, *, kept: Recipe) -> bool | None:
     """Take the lock together with others: True for the first, which makes the run; None if it must be tried again."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -138,13 +166,13 @@ def _joined(handle: int, path: Path, recipe: Recipe) -> bool | None:
     with disk_errors(path):
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-    _write(path, recipe)
+    _begin(path, recipe, kept=kept)
     fcntl.flock(handle, fcntl.LOCK_SH)
     return True
 
 
 def _check_same(path: Path, recipe: Recipe) -> None:
-    there = (path / "recipe.yaml").read_text(encoding="utf-8")
+    there = Logs(path).recipe.read_text(encoding="utf-8")
     mine = recipe_yaml(recipe)
     if there == mine:
         return
@@ -161,6 +189,9 @@ def _some(lines: list[str]) -> str:
 
 
 def append_event(path: Path, event: Mapping[str, object]) -> None:
-    """One line more in the run's metrics.jsonl."""
-    with (path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(event) + "\n")
+    """One line more in the run's metrics.jsonl.
+
+    Raises:
+        ResourceError: The disk is full, read-only or not ours.
+    """
+    store.append_line(path / "metrics.jsonl", json.dumps(event))

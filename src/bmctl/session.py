@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from bmctl import package, rundir
 from bmctl.console import Console
-from bmctl.errors import BmctlError, UsageError
+from bmctl.errors import BmctlError, RecipeError, UsageError
 from bmctl.job import is_restarted
 from bmctl.launch import is_worker
 from bmctl.processes.signals import catch_signals
@@ -55,6 +55,8 @@ class Session:
     """A command that holds its run's lock.
 
     Attributes:
+        recipe: Of this command.
+        kept: What the run's recipe becomes once the command has made packages by it; None leaves the run's as it is.
         owns: It came first; False where it joined other machines that were training in this run already.
     """
 
@@ -62,6 +64,7 @@ class Session:
     recipe: Recipe
     run: Path
     console: Console
+    kept: Recipe | None = None
     owns: bool = True
 
     @property
@@ -78,6 +81,11 @@ class Session:
     def note(self, text: str) -> None:
         self.emit({"event": "note", "text": text})
 
+    def keep_recipe(self) -> None:
+        """Make the command's recipe the run's own, without what its flags said for this once."""
+        if self.kept is not None and self.leads:
+            rundir.keep_recipe(self.run, self.kept)
+
 
 @contextmanager
 def opened(options: Options, target: Target) -> Iterator[Session]:
@@ -87,8 +95,9 @@ def opened(options: Options, target: Target) -> Iterator[Session]:
         if not leads():
             yield Session(options, recipe, run, console)  # rank 0 owns the directory
             return
-        with rundir.opened(run, recipe) as owns:
-            session = Session(options, recipe, run, console, owns)
+        with rundir.opened(run, recipe, kept=target.kept) as owns:
+            kept = target.kept if package.list_packages(run) else target.kept or recipe
+            session = Session(options, recipe, run, console, kept, owns)
             if options.recipe is None:
                 console.note(f"run: {run}")
             try:
@@ -134,46 +143,86 @@ class Target:
     """What a command was pointed at.
 
     Attributes:
+        recipe: What the command does.
         run: The run that it reads and adds to.
+        kept: The recipe without what flags said for this once: what the run is given for its own. None for one step
+            alone, which is added to a run's packages and leaves its recipe.
         start: The package named on the command line; None for the run's own.
         graph: The foreign .onnx named on the command line, not packaged yet.
     """
 
     recipe: Recipe
     run: Path
+    kept: Recipe | None = None
     start: package.ModelPackage | None = None
     graph: Path | None = None
 
 
 def find_target(
-    options: Options, source: str | None = None, *, step: str | None = None, extra: Sequence[str] = ()
+    options: Options, source: str | None = None, *, step: str | None = None, once: Sequence[str] = ()
 ) -> Target:
     """Resolve `-r`, `-o` and the positional source: the recipe over the source's own over the newest run's.
 
     Args:
         source: A package, a run or an .onnx; None takes the recipe's run, or the newest.
         step: A method's name: the recipe's steps become this one, and `--set` addresses it.
-        extra: Further overrides.
+        once: Further overrides, of flags that mean this command alone.
     """
-    overrides = [*(f"compress.0.{one}" if step else one for one in options.overrides or ()), *extra]
-    if step:
-        overrides.insert(0, f"compress=[{{method: {step}}}]")
-    if options.device:
-        overrides.append(f"launch.device={options.device}")
     if source is None:
-        return _own_run(options, overrides)
+        return _own_run(options, step=step, once=once)
     path = Path(source)
     if path.suffix == ".onnx" and path.is_file():
-        return replace(import_target(options, name=source, overrides=overrides), graph=path)
+        target = import_target(options, name=source, step=step, once=once)
+        return replace(target, graph=path)
     home = next((parent for parent in path.parents if rundir.is_run(parent)), None)
     if home is not None and "deploy" in path.parts:  # a deployed artifact belongs to its run
-        return Target(load_recipe(options.recipe or home / "recipe.yaml", overrides=overrides), home)
+        return _target(options, options.recipe or home / package.RECIPE, home, step=step, once=once)
     start = package.find_package(path)
     known = path if rundir.is_run(path) else start.path
-    recipe = load_recipe(options.recipe or known / "recipe.yaml", overrides=overrides)
     if options.output is None and not rundir.is_run(path) and home is None:
         raise UsageError(f"{source} is not part of a run: say where the result goes", hint="add -o runs/NAME")
-    return Target(recipe, Path(options.output) if options.output else home or path, start=start)
+    run = Path(options.output) if options.output else home or path
+    return replace(_target(options, options.recipe or known / package.RECIPE, run, step=step, once=once), start=start)
+
+
+def _own_run(options: Options, *, step: str | None, once: Sequence[str]) -> Target:
+    if options.recipe is not None:
+        return _target(options, options.recipe, None, step=step, once=once)
+    named = Path(options.output) if options.output else None
+    run = named if named and rundir.is_run(named) else rundir.newest_run()
+    return _target(options, run / package.RECIPE, named or run, step=step, once=once)
+
+
+def import_target(options: Options, *, name: str, step: str | None = None, once: Sequence[str] = ()) -> Target:
+    """Where an imported model goes: the recipe's run, or one that is named after the model.
+
+    What flags say of its axes decides what is imported: the run keeps it.
+    """
+    if options.recipe:
+        target = _target(options, options.recipe, None, step=step, once=once)
+    else:
+        name = re.sub(r"[^A-Za-z0-9_.-]", "-", Path(name.rpartition(":")[2]).stem).strip("-._") or "model"
+        recipe = bare_recipe(name, _overrides(options, step=step, once=once))
+        target = Target(recipe, rundir.run_path(recipe, options.output))
+    return replace(target, kept=None if step else target.recipe)
+
+
+def _target(options: Options, known: str | Path, run: Path | None, *, step: str | None, once: Sequence[str]) -> Target:
+    """A target by a recipe that there is; without `run` it is the recipe's own."""
+    recipe = load_recipe(known, overrides=_overrides(options, step=step, once=once))
+    run = run or rundir.run_path(recipe, options.output)
+    if step:
+        return Target(recipe, run)
+    try:
+        return Target(recipe, run, kept=load_recipe(known, overrides=options.overrides or ()))
+    except RecipeError:  # only its flags make it one
+        return Target(recipe, run, kept=recipe)
+
+
+def _overrides(options: Options, *, step: str | None, once: Sequence[str]) -> list[str]:
+    steps = [f"compress=[{{method: {step}}}]"] if step else []
+    given = [f"compress.0.{one}" if step else one for one in options.overrides or ()]
+    return [*steps, *given, *once, *([f"launch.device={options.device}"] if options.device else [])]
 
 
 def graph_overrides(axes: Sequence[str], *, sample: str | None) -> list[str]:
@@ -191,23 +240,6 @@ def graph_overrides(axes: Sequence[str], *, sample: str | None) -> list[str]:
         low, usual, high = numbers if len(numbers) == 3 else numbers * 3
         found.append(f'export.axes."{name}"={{min: {low}, opt: {usual}, max: {high}}}')
     return found + ([f"export.sample={json.dumps(sample)}"] if sample is not None else [])
-
-
-def import_target(options: Options, *, name: str, overrides: Sequence[str] = ()) -> Target:
-    """Where an imported model goes: the recipe's run, or one that is named after the model."""
-    name = re.sub(r"[^A-Za-z0-9_.-]", "-", Path(name.rpartition(":")[2]).stem).strip("-._") or "model"
-    overrides = overrides or options.overrides or ()
-    recipe = load_recipe(options.recipe, overrides=overrides) if options.recipe else bare_recipe(name, overrides)
-    return Target(recipe, rundir.run_path(recipe, options.output))
-
-
-def _own_run(options: Options, overrides: list[str]) -> Target:
-    if options.recipe is not None:
-        recipe = load_recipe(options.recipe, overrides=overrides)
-        return Target(recipe, rundir.run_path(recipe, options.output))
-    named = Path(options.output) if options.output else None
-    run = named if named and rundir.is_run(named) else rundir.newest_run()
-    return Target(load_recipe(run / "recipe.yaml", overrides=overrides), named or run)
 
 
 def clear(run: Path, *, keep: int = 0) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 
 from bmctl import package, store
 from bmctl import report as reports
@@ -17,6 +19,19 @@ from bmctl.tasks import TASKS
 
 SHOWN = 12
 """Predictions that `run` prints; all of them are in the run."""
+
+
+@contextmanager
+def making(session: Session) -> Iterator[None]:
+    """Where packages are made: the run's recipe is then the one that they were made with."""
+    before = _chain(session)
+    yield
+    if session.leads and _chain(session) != before:
+        session.keep_recipe()
+
+
+def _chain(session: Session) -> list[str]:
+    return [store.manifest_hash(path) for path in package.list_packages(session.run)] if session.leads else []
 
 
 def first_package(session: Session, *, may_be_imported: bool = True, profile: bool = False) -> package.ModelPackage:
@@ -46,7 +61,8 @@ def train_package(session: Session, *, start: package.ModelPackage | None = None
         start=str(start.path) if start else None,
         profile=profile,
     )
-    launch(job, recipe.launch, emit=session.emit)
+    with making(session):
+        launch(job, recipe.launch, emit=session.emit)
 
 
 def newest(session: Session) -> package.ModelPackage:
@@ -62,7 +78,7 @@ def start(session: Session, target: Target) -> package.ModelPackage | None:
         return import_package(session, str(target.graph), model=None, match="name")
     if target.start is None:
         return None
-    with stage(session) as context:
+    with making(session), stage(session) as context:
         return take_in(context, target.start)
 
 
@@ -71,24 +87,29 @@ def import_package(
 ) -> package.ModelPackage:
     from bmctl.engine.intake.importing import import_stage
 
-    with stage(session) as context:
+    with making(session), stage(session) as context:
         return import_stage(context, source, model=model, match=match)
 
 
 def compress(session: Session, *, start: package.ModelPackage) -> None:
     from bmctl.engine.compression.compress import run_steps
 
-    with stage(session) as context:
+    with making(session), stage(session) as context:
         run_steps(context, start=start)
 
 
-def export(session: Session, *, flag: str | None = None) -> None:
-    """Artifacts of the newest package, and of the first where the recipe wants the comparison."""
+def export(session: Session, *, backends: Sequence[Any], flag: str | None = None) -> None:
+    """Artifacts of the newest package, and of the first where the recipe wants the comparison.
+
+    Args:
+        backends: Configs of BACKENDS.
+        flag: Of backends.choose: that one as well.
+    """
     from bmctl.engine.deployment.export import export_package
     from bmctl.engine.deployment.prove import prove
 
     recipe, run = session.recipe, session.run
-    backends = list(recipe.export.backends)
+    backends = list(backends)
     if flag:
         config, why = choose(flag, given=backends)
         is_named = config in backends
@@ -146,4 +167,6 @@ def finish(session: Session) -> int:
     except GateError as failed:
         failed.has_document = session.options.as_json
         raise
+    if session.options.recipe is not None:
+        session.keep_recipe()  # its gates and backends are the run's from now on, packages or not
     return 0

@@ -19,6 +19,7 @@ from bmctl.engine.context import StageContext
 from bmctl.engine.loading.data import open_split, resolve_input
 from bmctl.engine.parallel import Group
 from bmctl.engine.training import train
+from bmctl.job import Logs
 from bmctl.models import build
 from bmctl.processes.signals import Stop
 from bmctl.recipe import Recipe, load_recipe, recipe_yaml
@@ -41,7 +42,7 @@ from bmctl.launch import Job, launch
 from bmctl.recipe import load_recipe
 
 run, *flags = sys.argv[1:]
-config = load_recipe(run + "/recipe.yaml").launch
+config = load_recipe(run + "/logs/recipe.yaml").launch
 job = Job(run=run, resume="--resume" in flags, overwrite="--overwrite" in flags)
 try:
     launch(job, config, emit=lambda event: print(json.dumps(event), flush=True))
@@ -58,10 +59,10 @@ def make_recipe(folder: Path, *overrides: str) -> Recipe:
 
 
 def make_run(folder: Path, *overrides: str, name: str = "run") -> Path:
-    """A run's directory with its resolved recipe."""
+    """A run's directory with the resolved recipe of a job."""
     run = folder / name
-    run.mkdir()
-    (run / "recipe.yaml").write_text(recipe_yaml(make_recipe(folder, *overrides)))
+    Logs(run).folder.mkdir(parents=True)
+    Logs(run).recipe.write_text(recipe_yaml(make_recipe(folder, *overrides)))
     return run
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from bmctl.core.plugins import plugins
 from bmctl.core.runner import Runner
+from bmctl.errors import UsageError
 from bmctl.schema import Signature, Span, Strict
 
 
@@ -91,6 +92,19 @@ def choose(flag: str, *, given: Sequence[Any] = ()) -> tuple[Any, str]:
             return configs[name], "; ".join(["it is installed, and runs here", *passed])
         passed.append(reason)
     return configs[name], f"{'; '.join(passed)}; it builds anywhere, for {BACKENDS[name].ANYWHERE}"
+
+
+def named(names: Sequence[str], *, given: Sequence[Any]) -> list[Any]:
+    """The configurations of `names`: a given one where there is one of that name, else the backend's default.
+
+    Raises:
+        UsageError: No such backend.
+    """
+    for name in names:
+        if name not in BACKENDS:
+            raise UsageError(f"--backend {name}: no such backend", hint=f"one of {', '.join(BACKENDS)}")
+    known = {config.name: config for config in given}
+    return [known.get(name) or BACKENDS[name].Config() for name in names]
 
 
 def sibling(name: str) -> str:

@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from bmctl import store
@@ -52,7 +53,7 @@ def run_job(job: Job, config: LaunchConfig, *, emit: Emit, stop: Stop, heart: He
     group = join(config.model_copy(update={"timeout_s": group_timeout_s(config.timeout_s)}))
     barrier(group)  # rank 0 wrote the recipe before it came here
     run, resume = Path(job.run), job.resume or is_restarted()
-    recipe = load_recipe(run / "recipe.yaml")
+    recipe = load_recipe(Logs(run).recipe)
     if recipe.train is not None:
         stop.grace_s = recipe.train.grace_s
     check_worlds(recipe)
@@ -124,8 +125,14 @@ def main(argv: Sequence[str]) -> int:
     try:
         with catch_signals() as stop, beating(logs.beat(rank)) as heart:
             store.write_atomic(logs.pid(rank), str(os.getpid()).encode())
-            recipe = load_recipe(Path(job.run) / "recipe.yaml")
-            run_job(job, recipe.launch, emit=lambda event: _append(logs.events, event), stop=stop, heart=heart)
+            recipe = load_recipe(logs.recipe)
+            run_job(
+                job,
+                recipe.launch,
+                emit=lambda event: store.append_line(logs.events, json.dumps(event)),
+                stop=stop,
+                heart=heart,
+            )
     except (PreemptedError, InterruptedRunError) as stopped:
         write_outcome(outcome_path(Path(job.run)), stopped, rank=rank)
         write_outcome(logs.outcome(rank), stopped, rank=rank)
@@ -174,8 +181,7 @@ def _write_to(log: Path) -> None:
 
 
 def _append(path: Path, event: Mapping[str, object]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(event) + "\n")
+    store.append_line(path, json.dumps(event))
 
 
 def end_with(parent: int, *, at_once: bool = False) -> None:
