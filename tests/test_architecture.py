@@ -22,8 +22,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fit": set(),
     "__main__": {"cli"},
     "cli": {"pipeline", "queries", "session"},
-    "pipeline": {"stages", "session", "recipe", "package", "launch", "report", "store", "engine", *PLUGINS},
-    "stages": {"session", "package", "launch", "job", "report", "store", "tasks", "backends", "engine"},
+    "pipeline": {
+        "stages", "session", "recipe", "package", "launch", "report", "store", "processes", "engine", *PLUGINS,
+    },
+    "stages": {"session", "package", "launch", "job", "report", "store", "processes", "tasks", "backends", "engine"},
     "queries": {"session", "recipe", "rundir", "report", "doctor"},
     "session": {"console", "recipe", "rundir", "package", "launch", "job", "processes", "engine"},
     "console": {"core", "report.rows", "report.page", "report.scoring", "report.wording"},

@@ -52,7 +52,6 @@ Source = Annotated[
 Trained = Annotated[str | None, typer.Argument(metavar="[PACKAGE|RUN]", help="A package to train further.")]
 Profile = Annotated[bool, typer.Option("--profile", help="Trace a few training steps, into the run's profile folder.")]
 Method = Annotated[str | None, typer.Option("--method", help="Which method; its knobs are given by --set KNOB=VALUE.")]
-
 Axes = Annotated[
     list[str] | None,
     typer.Option("--axis", metavar="NAME=MIN:OPT:MAX", help="Sizes of a free axis of an .onnx; repeatable."),
@@ -81,26 +80,27 @@ def common(
 
 
 COMMON = inspect.signature(common).parameters
-SPEAKING = ("as_json", "quiet", "verbose", "debug")
+SPEAKING = ("as_json", "quiet", "debug")
+Flags = Sequence[str]
 
 
 def command(
-    panel: str, *, name: str | None = None, flags: Sequence[str] = tuple(COMMON), to: typer.Typer = app
+    panel: str, *, name: str | None = None, flags: Flags = tuple(COMMON), without: Flags = (), to: typer.Typer = app
 ) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Register a function as a command that also takes the shared `flags`: its first argument is Options of them."""
+    """Register a command: its first argument is Options of the shared `flags`, but `without` those that do nothing."""
 
     def register(function: Callable[..., int]) -> Callable[..., int]:
         own = [p for p in inspect.signature(function).parameters.values() if p.name != "options"]
-        shared = [COMMON[flag] for flag in flags]
+        shared = {flag: COMMON[flag] for flag in flags if flag not in without}
 
         @functools.wraps(function)
         def run(**given: Any) -> int:
             from bmctl.session import Options
 
-            code = function(Options(**{flag: given.pop(flag) for flag in flags}), **given)
+            code = function(Options(**{flag: given.pop(flag) for flag in shared}), **given)
             raise typer.Exit(code)
 
-        parameters = [*own, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in shared)]
+        parameters = [*own, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in shared.values())]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         to.command(name, rich_help_panel=panel)(run)
@@ -195,7 +195,7 @@ def export(
     return pipeline.export(options, source=source, backends=backends or (), flag=flag, axes=axes or (), sample=sample)
 
 
-@command(STAGES)
+@command(STAGES, without=("resume", "overwrite", "device"))
 def infer(
     options: "Options",
     data: Annotated[
@@ -215,7 +215,7 @@ def infer(
     return pipeline.infer(options, data=data, model=model, backend=backend, form=form, to=to)
 
 
-@command(PACKAGES, name="import")
+@command(PACKAGES, name="import", without=("resume",))
 def import_(
     options: "Options",
     source: Annotated[
@@ -232,7 +232,7 @@ def import_(
     return pipeline.import_model(options, source=source, model=model, match=match, axes=axes or (), sample=sample)
 
 
-@command(PACKAGES)
+@command(PACKAGES, without=("resume", "overwrite"))
 def evaluate(
     options: "Options",
     source: Annotated[

@@ -123,14 +123,14 @@ def write_atomic(path: Path, data: bytes) -> None:
             raise
 
 
-def append_line(path: Path, text: str) -> None:
-    """Add one line to a file, whole or not at all, so that what follows can still be read.
+def append(path: Path, data: bytes) -> None:
+    """Add to a file, all of it or nothing, so that what follows can still be read.
 
     Raises:
         ResourceError: The disk is full, read-only or not ours.
     """
     with disk_errors(path), path.open("ab", buffering=0) as file:
-        before, left = file.tell(), memoryview(text.encode() + b"\n")
+        before, left = file.tell(), memoryview(data)
         try:
             while left:  # a disk that fills up takes a part first
                 left = left[file.write(left) :]

@@ -9,14 +9,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bmctl import store
 from bmctl.disk import disk_errors
-from bmctl.errors import BmctlError, InterruptedRunError, PreemptedError, error_from_dict
+from bmctl.errors import BmctlError, InterruptedRunError, PreemptedError, ResourceError, error_from_dict
 from bmctl.job import Job as Job
 from bmctl.job import Logs, outcome_path, read_record, torchrun_nodes, write_outcome
 from bmctl.job import is_worker as is_worker
@@ -80,6 +80,9 @@ def _run_here(job: Job, config: LaunchConfig, *, emit: Emit) -> None:
             except PreemptedError:
                 _await_agent(stop)
                 raise
+            if not is_worker():
+                stop.kept = "what was trained"
+                stop.check("the end of the training")
     except (PreemptedError, InterruptedRunError) as stopped:
         if not is_worker():
             raise
@@ -158,9 +161,22 @@ def _run_group(job: Job, config: LaunchConfig, *, emit: Emit) -> None:
 def _stay(
     agent: threading.Thread, config: LaunchConfig, logs: Logs, shared: AgentState, *, stop: Stop, emit: Emit
 ) -> None:
-    """Until the agent is done: hand on signals and events, and see that the workers move."""
+    """Until the agent is done: hand on signals and events, and see that the workers move.
+
+    Raises:
+        ResourceError: What they tell could not be written; they were stopped, and published a checkpoint.
+    """
     told: set[int] = set()
-    tail, overseer = _Tail(logs.events, emit), Overseer(logs, timeout_s=config.timeout_s)
+    unheard: list[ResourceError] = []
+
+    def tell(event: Mapping[str, object]) -> None:
+        try:
+            emit(event)
+        except ResourceError as error:  # the workers publish a checkpoint first
+            unheard.append(error)
+            stop.request(signal.SIGTERM)
+
+    tail, overseer = _Tail(logs.events, tell), Overseer(logs, timeout_s=config.timeout_s)
     alone_s = 0.0
     while agent.is_alive() and alone_s < 2:
         agent.join(POLL_S)
@@ -170,7 +186,7 @@ def _stay(
             alone_s = 0.0 if shared.workers else alone_s + POLL_S  # it may wait for other machines
         tail.read()
         while shared.notes:
-            emit({"event": "note", "text": shared.notes.popleft()})
+            tell({"event": "note", "text": shared.notes.popleft()})
         watched = dict(shared.workers) if shared.is_running else {}
         found = overseer.look(watched)
         if found is not None and shared.is_running and shared.workers == watched:
@@ -178,7 +194,9 @@ def _stay(
             _hand_on(signal.SIGKILL, watched.values(), told=set())
     tail.read()
     while shared.notes:
-        emit({"event": "note", "text": shared.notes.popleft()})
+        tell({"event": "note", "text": shared.notes.popleft()})
+    if unheard:
+        raise unheard[0]
 
 
 class _Tail:
@@ -270,6 +288,8 @@ def _raise_outcome(logs: Logs, shared: AgentState, stop: Stop) -> None:
     ):
         raise outcome
     if shared.is_done:
+        stop.kept = "what was trained"
+        stop.check("the end of the training")
         return
     if failure is not None and (failure.is_ours and not failure.is_echo):
         raise failure.error

@@ -12,7 +12,8 @@ from bmctl import stages, store
 from bmctl.backends import named
 from bmctl.errors import BmctlError, RecipeError, UsageError
 from bmctl.methods import METHODS, of_verb
-from bmctl.recipe import InferConfig, describe
+from bmctl.processes.signals import catch_signals
+from bmctl.recipe import InferConfig, bare_recipe, describe
 from bmctl.schema import resolve_env
 from bmctl.session import Options, Target, clear, find_target, graph_overrides, import_target, opened, stage
 
@@ -120,17 +121,29 @@ def infer(
         raise UsageError(f"--format {form}: no such format", hint="jsonl or csv")
     from bmctl.engine.deployment import infer as engine
 
-    target = find_target(options) if model is None or options.recipe else None
-    section = (target.recipe.infer if target else None) or InferConfig(data="")
-    source = Path(model) if model else target.run if target else None
+    if model and options.output:
+        raise UsageError(
+            "--model and --output both name what to predict with",
+            hint="leave one out; --to FILE is where predictions go",
+        )
+    # DATA stands for infer.data, which a recipe need not have then.
+    overrides = [*(['infer.data=""'] if data else []), *(options.overrides or ())]
+    if model and not options.recipe:
+        recipe, source = bare_recipe("infer", overrides), Path(model)
+    else:
+        target = find_target(replace(options, overrides=overrides))
+        recipe, source = target.recipe, Path(model) if model else target.run
+    section = recipe.infer or InferConfig(data="")
     data = data or resolve_env(section.data)
-    if not data or source is None:
+    if not data:
         raise UsageError("nothing to predict: no DATA, and the recipe has no infer.data", hint="bmctl infer DATA")
     backend = backend or section.backend
     if options.dry_run:
         return _say(options, {"model": str(source), "data": data, "backend": backend})
-    with options.console() as console:
-        found = engine.predict(source, data, backend=backend, batch_size=section.batch_size, emit=console.emit)
+    with options.console() as console, catch_signals() as stop:
+        found = engine.predict(
+            source, data, backend=backend, batch_size=section.batch_size, emit=console.emit, stop=stop
+        )
         lines = engine.to_csv(found, columns=found.columns) if form == "csv" else engine.to_jsonl(found)
         if options.as_json:
             console.data(json.dumps(list(found), indent=2))
@@ -138,6 +151,7 @@ def infer(
             store.write_atomic(Path(to), "".join(line + "\n" for line in lines).encode())
         else:
             all(console.data(line) for line in lines)  # stops when nobody reads any more
+        stop.check(engine.STAGE)
     return 0
 
 

@@ -89,7 +89,10 @@ def recipes_cp(options: Options, *, name: str, target: str) -> int:
         raise UsageError(f"{to.parent} is not a directory", hint=f"mkdir -p {to.parent}")
     shutil.copyfile(path, to)
     with options.console() as console:
-        console.note(f"copied to {to}; try: bmctl validate ./{to}")
+        if options.as_json:
+            console.data(json.dumps({"copied": name, "to": str(to)}, indent=2))
+        else:
+            console.note(f"copied to {to}; try: bmctl validate ./{to}")
     return 0
 
 

@@ -194,4 +194,4 @@ def append_event(path: Path, event: Mapping[str, object]) -> None:
     Raises:
         ResourceError: The disk is full, read-only or not ours.
     """
-    store.append_line(path / "metrics.jsonl", json.dumps(event))
+    store.append(path / "metrics.jsonl", json.dumps(event).encode() + b"\n")

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -106,17 +107,25 @@ def opened(options: Options, target: Target) -> Iterator[Session]:
                 raise
             except Exception as error:
                 log = run / "logs" / "bug.log"
-                log.parent.mkdir(exist_ok=True)
-                log.write_text("".join(traceback.format_exception(error)))
-                error.add_note(f"the traceback is in {log}")
+                try:
+                    log.parent.mkdir(exist_ok=True)
+                    log.write_text("".join(traceback.format_exception(error)))
+                    error.add_note(f"the traceback is in {log}")
+                except OSError as unwritten:
+                    error.add_note(f"the traceback could not be written to {log}: {unwritten.strerror}")
                 raise
 
 
 @contextmanager
 def stage(session: Session) -> Iterator[StageContext]:
-    """What an engine stage needs, in this process: the group joined, signals caught."""
+    """What an engine stage needs, in this process: the group joined, signals caught.
+
+    Raises:
+        PreemptedError: A signal came too late for the stage, and is not to be forgotten by the next one.
+        InterruptedRunError: The same for SIGINT.
+    """
     from bmctl.engine.context import StageContext
-    from bmctl.engine.parallel import join, leave
+    from bmctl.engine.parallel import agree, join, leave
 
     options, recipe = session.options, session.recipe
     group = join(recipe.launch)
@@ -131,6 +140,10 @@ def stage(session: Session) -> Iterator[StageContext]:
                 resume=options.resume,
                 overwrite=options.overwrite,
             )
+            if agree(group, stop.requested is not None):
+                stop.request(signal.SIGTERM)  # it may have come to another process
+            stop.kept = stop.kept or "what was done"
+            stop.check("the last part of a stage")
     finally:
         leave(group)
 

@@ -11,6 +11,7 @@ from bmctl import report as reports
 from bmctl.backends import BACKENDS, choose
 from bmctl.errors import GateError, PackageError, RecipeError, UsageError
 from bmctl.launch import Job, launch
+from bmctl.processes.signals import catch_signals
 from bmctl.report import gates
 from bmctl.report.rows import ORIGINAL
 from bmctl.schema import resolve_env
@@ -134,14 +135,17 @@ def infer(session: Session) -> None:
 
     section = session.recipe.infer
     assert section is not None
-    found = engine.predict(
-        session.run,
-        resolve_env(section.data),
-        backend=section.backend,
-        batch_size=section.batch_size,
-        emit=session.emit,
-    )
-    predictions = list(found)
+    with catch_signals() as stop:
+        found = engine.predict(
+            session.run,
+            resolve_env(section.data),
+            backend=section.backend,
+            batch_size=section.batch_size,
+            emit=session.emit,
+            stop=stop,
+        )
+        predictions = list(found)
+        stop.check(engine.STAGE)
     path = session.run / "predictions.jsonl"
     store.write_atomic(path, "".join(line + "\n" for line in engine.to_jsonl(predictions)).encode())
     for one in predictions[:SHOWN]:

@@ -21,7 +21,7 @@ from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import Field, ValidationError
 
-from bmctl.disk import append_line as append_line
+from bmctl.disk import append as append
 from bmctl.disk import check_room as check_room
 from bmctl.disk import (
     disk_errors,

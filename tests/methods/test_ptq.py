@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from tests.methods.graphs import make_context, run, samples, save_residual
 
 from bmctl.backends import BACKENDS
 from bmctl.core import onnxfile, onnxgraph
-from bmctl.errors import DataError, RecipeError, UnsupportedError
+from bmctl.errors import DataError, InterruptedRunError, RecipeError, UnsupportedError
 from bmctl.methods import ptq
 from bmctl.methods.ptq import quantization
 from bmctl.schema import Span
@@ -81,6 +82,20 @@ def test_the_same_samples_give_the_same_bytes(graph: Path, quantized: Path, tmp_
     ptq.apply(graph, ptq.Config(), make_context([samples()]), out=again)
     ptq.apply(graph, ptq.Config(samples=8), make_context([3 * samples()]), out=other)
     assert again.read_bytes() == quantized.read_bytes() != other.read_bytes()
+
+
+def test_it_can_be_stopped_while_nncf_looks_at_samples(graph: Path, tmp_path: Path) -> None:
+    """The signal is seen through NNCF, and its error is no failure of NNCF's."""
+    seen = []
+
+    def check() -> None:
+        seen.append(1)
+        if len(seen) == 5:
+            raise InterruptedRunError("SIGINT")
+
+    with pytest.raises(InterruptedRunError):
+        ptq.apply(graph, ptq.Config(), replace(make_context([samples()]), check=check), out=tmp_path / "out.onnx")
+    assert len(seen) == 5 and not (tmp_path / "out.onnx").exists()
 
 
 def test_ignored_nodes_stay_in_fp32(graph: Path, quantized: Path, tmp_path: Path) -> None:

@@ -126,13 +126,7 @@ def main(argv: Sequence[str]) -> int:
         with catch_signals() as stop, beating(logs.beat(rank)) as heart:
             store.write_atomic(logs.pid(rank), str(os.getpid()).encode())
             recipe = load_recipe(logs.recipe)
-            run_job(
-                job,
-                recipe.launch,
-                emit=lambda event: store.append_line(logs.events, json.dumps(event)),
-                stop=stop,
-                heart=heart,
-            )
+            run_job(job, recipe.launch, emit=partial(_append, logs.events), stop=stop, heart=heart)
     except (PreemptedError, InterruptedRunError) as stopped:
         write_outcome(outcome_path(Path(job.run)), stopped, rank=rank)
         write_outcome(logs.outcome(rank), stopped, rank=rank)
@@ -181,7 +175,7 @@ def _write_to(log: Path) -> None:
 
 
 def _append(path: Path, event: Mapping[str, object]) -> None:
-    store.append_line(path, json.dumps(event))
+    store.append(path, json.dumps(event).encode() + b"\n")
 
 
 def end_with(parent: int, *, at_once: bool = False) -> None:

@@ -34,11 +34,13 @@ class MethodContext:
         calibration: Yields recorded calls of the graph at hand on calibration samples: arrays by its inputs' names;
             nothing without data.
         calibration_record: What the calibration data is, as the manifest records it.
+        check: To be called in every long loop: raises where the user asks to stop.
     """
 
     example: Example
     calibration: Callable[[], Iterator[Mapping[str, np.ndarray]]]
     calibration_record: Mapping[str, Any]
+    check: Callable[[], None] = lambda: None
 
 
 class Method(Protocol):

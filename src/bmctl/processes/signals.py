@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from bmctl.errors import BmctlError, InterruptedRunError
+from bmctl.errors import BmctlError, InterruptedRunError, PreemptedError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -19,6 +19,7 @@ class Stop:
     Attributes:
         requested: Number of the first signal received, or None.
         grace_s: Seconds after the first signal by which the block must have ended.
+        kept: What is published of the work at hand, in words; empty where all of it would be lost.
         error: What `abort` ends the block with.
         can_interrupt: Whether signals are caught, so that the main thread can be interrupted.
     """
@@ -26,6 +27,7 @@ class Stop:
     def __init__(self, *, grace_s: float = 30.0) -> None:
         self.requested: int | None = None
         self.grace_s = grace_s
+        self.kept = ""
         self.error: BmctlError | None = None
         self.can_interrupt = False
 
@@ -33,6 +35,22 @@ class Stop:
         """Ask for a stop at the next border; only the first call counts."""
         if self.requested is None:
             self.requested = signum
+
+    def check(self, doing: str) -> None:
+        """A border: end there if a signal asked for that.
+
+        Raises:
+            InterruptedRunError: A signal came: SIGINT, or any where nothing is kept.
+            PreemptedError: Another one, and what is `kept` will be gone on from.
+        """
+        if self.requested is None:
+            return
+        kept = f"; {self.kept} is kept" if self.kept else ""
+        error = interrupted(self.requested, f"stopped during {doing}{kept}")
+        error.hint = f"run the same command {'with --resume to go on' if kept else 'again'}"
+        if kept and error.exit_code != 130:
+            raise PreemptedError(error.message, hint=error.hint)
+        raise error
 
     def abort(self, error: BmctlError) -> None:
         """From another thread: end the block with this error, as soon as the main thread runs Python again."""

@@ -37,7 +37,6 @@ def test_the_parts_of_a_step_are_told_and_drawn(tmp_path: Path) -> None:
     parts = dict(zip(PARTS, (1.0, 2.0, 3.0, 4.0, 5.0), strict=True))
     log.step(7, loss=0.5, metric=0.8, lr=0.1, parts=parts)
     log.done(7, best_step=7, val_metric=0.8, parts=parts)
-    log.close()
     assert [event["parts"] for event in events] == [parts, parts]
     board = EventAccumulator(str(tmp_path / "tensorboard" / "train")).Reload()
     drawn = {tag: board.Scalars(tag)[0] for tag in board.Tags()["scalars"] if tag.startswith("time/")}
@@ -101,6 +100,5 @@ def test_only_the_first_rank_speaks_and_draws(tmp_path: Path) -> None:
     log.open(step=0)
     log.step(1, loss=0.5, metric=0.8, lr=0.1, parts=dict.fromkeys(PARTS, 1.0))
     log.evaluation(10, loss=0.5, metric=0.8, val_metric=0.7, val_loss=0.3)
-    log.close()
     assert not events
     assert not list(tmp_path.iterdir())

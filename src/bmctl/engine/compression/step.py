@@ -60,6 +60,10 @@ class Work:
         self.notes.append(text)
         self.context.emit({"event": "note", "stage": self.stage, "text": text})
 
+    def check(self) -> None:
+        """A border: nothing of the step is published yet."""
+        self.context.stop.check(f"the step {self.stage}")
+
 
 def run_step(work: Work) -> ModelPackage:
     """Do the step and publish its package; its folder is kept when it fails.
@@ -90,7 +94,7 @@ def _module_step(work: Work) -> None:
     model = load_model(work.parent)
     before = copy.deepcopy(model)
     example = _example(work)
-    look = MethodContext(example=example, calibration=lambda: iter(()), calibration_record={})
+    look = MethodContext(example, lambda: iter(()), {}, check=work.check)
     meta = METHODS[step.method].apply(model, step, look)
     for text in meta.get("notes", ()):
         work.note(text)
@@ -179,7 +183,7 @@ def _graph_step(work: Work) -> None:
         example = feeds.example_calls(context, work.parent, runners)
     meta = metas[PART] if list(metas) == [PART] else {"parts": metas}
     evaluation = _score(work, lambda given: appraise.score_graphs(context, graphs, manifest, given))
-    numbers = appraise.graph_numbers(graphs, before=before, calls=example, manifest=manifest)
+    numbers = appraise.graph_numbers(context, graphs, before=before, calls=example, manifest=manifest)
     first = next(iter(metas.values()))
     precision = {"precision": first["precision"]}
     calibration = first.get("calibration", manifest.calibration)
@@ -212,11 +216,12 @@ def _look(work: Work, runners: Mapping[str, Runner], part: str) -> MethodContext
     example = {name: torch.from_numpy(array) for name, array in next(of_part(calls, part)).feed.items()}
     if not feeds.has_samples(context, parent):
         work.note("no data: the step looks at noise of the inputs' shapes")
-        return MethodContext(example=example, calibration=lambda: iter(()), calibration_record={})
+        return MethodContext(example, lambda: iter(()), {}, check=work.check)
     return MethodContext(
         example=example,
         calibration=lambda: (call.feed for call in feeds.calibration_calls(context, parent, runners, part=part)),
         calibration_record=feeds.calibration_record(context, parent),
+        check=work.check,
     )
 
 

@@ -28,7 +28,6 @@ from bmctl.engine.deployment.reference import Reference, make_reference
 from bmctl.engine.evaluation import feeds, measure
 from bmctl.errors import GateError, ResourceError, UsageError
 from bmctl.package import ModelPackage, write_files
-from bmctl.processes.signals import interrupted
 
 STAGE = "export"
 NUM_KEPT = 8
@@ -63,19 +62,13 @@ def export_package(
     if todo:
         folder = Path(tempfile.mkdtemp(prefix=".graph-", dir=into))
         try:
-            _check_stop(context)
+            context.stop.check(STAGE)
             reference = make_reference(context, package, folder)
             for config in todo:
-                _check_stop(context)
                 found[config.name] = _deploy(context, package, reference, config=config, target=into / config.name)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return [one for one in found.values() if one is not None]
-
-
-def _check_stop(context: StageContext) -> None:
-    if context.stop.requested is not None:
-        raise interrupted(context.stop.requested, "stopped during export; run the same command again")
 
 
 def _finished(context: StageContext, package: ModelPackage, config: Any, target: Path) -> Deployed | None:
@@ -105,6 +98,7 @@ def _deploy(
         reason = module.unavailable(config)
         parts: dict[str, DeployedPart] = {}
         for name, graph in reference.graphs.items():
+            context.stop.check(STAGE)
             artifact, signature = folder / f"{name}{module.SUFFIX}", manifest.parts[name]
             axes = feeds.axes_of(context, manifest, signature)
             meta = module.build(graph, config=config, signature=signature, axes=axes, out=artifact)
@@ -117,6 +111,7 @@ def _deploy(
                 parity=None,
                 meta=meta,
             )
+            context.stop.check(STAGE)
             proof = None if reason else _check_parity(module, artifact, config, one, name, reference, target=target)
             parts[name] = one.model_copy(update={"parity": proof})
         save_sample(folder / SAMPLE, _kept(reference))

@@ -17,9 +17,11 @@ from bmctl.engine.deployment.choose import Chosen, open_source
 from bmctl.engine.deployment.requests import open_requests
 from bmctl.errors import PackageError, UnsupportedError
 from bmctl.package import PART
+from bmctl.processes.signals import Stop
 from bmctl.schema import Emit
 from bmctl.tasks import TASKS
 
+STAGE = "infer"
 EVENT_PERIOD_S = 0.5
 Prediction = Mapping[str, Any]
 """JSON: ``input``, which sample it is of, such as a path or ``file.npz#3``; the rest is the task's."""
@@ -57,6 +59,7 @@ def predict(
     batch_size: int = 64,
     on_bad: OnBad = "refuse",
     emit: Emit = _silent,
+    stop: Stop | None = None,
 ) -> Predictions:
     """Let the task predict every sample of `inputs`; samples are prepared as in training, by the manifest.
 
@@ -69,18 +72,20 @@ def predict(
         batch_size: Samples per call, within what the artifact takes.
         on_bad: What bad files among many do.
         emit: Notes (which artifact, and why) and progress.
+        stop: Looked at before every batch.
 
     Raises:
         PackageError: The model is missing, corrupt or does not fit its record.
         DataError: The inputs are missing or do not fit; while reading: all bad files by name.
         UnsupportedError: Nobody knows what its outputs mean.
         DivergedError: Its outputs are not finite.
+        InterruptedRunError: A signal came.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     chosen = open_source(Path(artifact), backend=backend, batch_size=batch_size)
     try:
-        emit({"event": "note", "stage": "infer", "text": f"model: {chosen.why}"})
+        emit({"event": "note", "stage": STAGE, "text": f"model: {chosen.why}"})
         task, options = _reader(chosen)
         highs = [high for axes, (_, high) in map(batch_axes, chosen.runners.values()) if axes and high is not None]
         requests = open_requests(
@@ -94,7 +99,7 @@ def predict(
     except BaseException:
         chosen.stack.close()
         raise
-    return Predictions(_stream(chosen, requests, task=task, options=options, emit=emit), task)
+    return Predictions(_stream(chosen, requests, task=task, options=options, emit=emit, stop=stop or Stop()), task)
 
 
 def _reader(chosen: Chosen) -> tuple[Any, dict[str, Any]]:
@@ -137,13 +142,14 @@ def _cell(value: object) -> object:
 
 
 def _stream(
-    chosen: Chosen, requests: Requests, *, task: Any, options: Mapping[str, Any], emit: Emit
+    chosen: Chosen, requests: Requests, *, task: Any, options: Mapping[str, Any], emit: Emit, stop: Stop
 ) -> Iterator[Prediction]:
     start = told = time.monotonic()
     done = 0
-    emit({"event": "start", "stage": "infer", "steps": requests.num_samples})
+    emit({"event": "start", "stage": STAGE, "steps": requests.num_samples})
     with chosen.stack:
         for batch in requests.batches:
+            stop.check(STAGE)
             found = task.predict(chosen.runners, batch.fields, **options)
             yield from ({"input": name, **one} for name, one in zip(batch.names, found, strict=True))
             done += len(batch.names)
@@ -152,10 +158,10 @@ def _stream(
                 told = now
                 emit(_progress(done, requests.num_samples, seconds=now - start))
     seconds = time.monotonic() - start
-    emit({"event": "done", "stage": "infer", "steps": done, "seconds": seconds, "backend": chosen.backend})
+    emit({"event": "done", "stage": STAGE, "steps": done, "seconds": seconds, "backend": chosen.backend})
 
 
 def _progress(done: int, total: int, *, seconds: float) -> dict[str, object]:
     rate = done / max(seconds, 1e-9)
-    event = {"event": "step", "stage": "infer", "step": done, "steps": total}
+    event = {"event": "step", "stage": STAGE, "step": done, "steps": total}
     return event | {"samples_per_s": rate, "eta_s": (total - done) / max(rate, 1e-9)}

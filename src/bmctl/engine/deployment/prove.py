@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import median
 
 from bmctl import store
@@ -53,9 +54,13 @@ def _time(context: StageContext, original: ModelPackage, runnable: Sequence[Depl
             return
         size = _batch_size(next(iter(opened.values())), asked=config.batch_size)
         calls = feeds.timing_calls(context, original, next(iter(opened.values())), num_samples=size)
-        latencies = measure.latency({n: _replay(runners, calls) for n, runners in opened.items()}, rounds=config.rounds)
+        runs = {name: _replay(runners, calls) for name, runners in opened.items()}
+        latencies = measure.latency(runs, rounds=config.rounds, check=partial(context.stop.check, "timing"))
     timed = {str(one.path.relative_to(context.run / "deploy")): one for one in runnable}
-    peaks = {name: _peak_memory(one, calls) for name, one in timed.items()}
+    peaks = {}
+    for name, one in timed.items():
+        context.stop.check("timing")
+        peaks[name] = _peak_memory(one, calls)
     found = Measurements(
         batch_size=size,
         machine=measure.machine(),

@@ -58,6 +58,7 @@ def make_reference(context: StageContext, package: ModelPackage, folder: Path) -
     calls = _calls(context, package, open_model(model, package.manifest))
     graphs = {}
     for name, part in parts_of(task_of(package.manifest.task), model, package.manifest.parts).items():
+        context.stop.check("export")
         graphs[name] = folder / f"{name}.onnx"
         example = next(of_part(calls, name)).feed
         axes = feeds.axes_of(context, package.manifest, part.signature)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +92,18 @@ def module_numbers(
         "num_params": measure.num_params(model),
         "num_nonzero": measure.num_nonzero(model),
         "macs": measure.macs(model, fields),
-        **_latencies(calls, runtime="eager"),
+        **_latencies(context, calls, runtime="eager"),
         "precision": "fp32",
     }
 
 
 def graph_numbers(
-    graphs: Mapping[str, Path], *, before: Mapping[str, Path], calls: list[Call], manifest: Manifest
+    context: StageContext,
+    graphs: Mapping[str, Path],
+    *,
+    before: Mapping[str, Path],
+    calls: list[Call],
+    manifest: Manifest,
 ) -> dict[str, Any]:
     """The same of ONNX files, on ONNX Runtime, in rounds with the graphs that they were made from.
 
@@ -114,7 +120,7 @@ def graph_numbers(
         runs = {
             side: _replay(runners, [stretched(call, BATCH_SIZE) for call in calls]) for side, runners in opened.items()
         }
-        found = _latencies(runs, runtime="onnxruntime")
+        found = _latencies(context, runs, runtime="onnxruntime")
     return {
         "num_params": sum(measure.graph_num_params(graph) for graph in graphs.values()),
         "macs": None if None in macs else sum(each for each in macs if each is not None),
@@ -149,8 +155,8 @@ def _call(model: nn.Module, fields: Sequence[torch.Tensor]) -> Callable[[], obje
     return call
 
 
-def _latencies(calls: Mapping[str, Callable[[], object]], *, runtime: str) -> dict[str, Any]:
-    found = measure.latency(calls, rounds=ROUNDS)
+def _latencies(context: StageContext, calls: Mapping[str, Callable[[], object]], *, runtime: str) -> dict[str, Any]:
+    found = measure.latency(calls, rounds=ROUNDS, check=partial(context.stop.check, "timing"))
     own = found["model"]
     detail: dict[str, Any] = {
         "runtime": runtime,

@@ -26,7 +26,6 @@ from bmctl.engine.loading.split import Split
 from bmctl.errors import DivergedError, GateError, UsageError
 from bmctl.inputs import Resolved
 from bmctl.package import ModelPackage
-from bmctl.processes.signals import interrupted
 from bmctl.recipe import Recipe
 from bmctl.tasks import TASKS
 
@@ -191,8 +190,8 @@ def _input(source: ModelPackage | Deployed) -> Resolved:
 def _batches(samples: Split, *, split: str, context: StageContext | None) -> Iterator[dict[str, np.ndarray]]:
     done = 0
     for batch in array_batches(samples, batch_size=BATCH_SIZE):
-        if context is not None and context.stop.requested is not None:
-            raise interrupted(context.stop.requested, "stopped during evaluation; run the same command again")
+        if context is not None:
+            context.stop.check("evaluation")
         yield batch
         done = min(done + BATCH_SIZE, len(samples))
         if context is not None:

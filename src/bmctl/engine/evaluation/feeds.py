@@ -20,7 +20,6 @@ from bmctl.engine.loading.data import data_fingerprint, open_split
 from bmctl.errors import RecipeError
 from bmctl.inputs import INPUTS
 from bmctl.package import Manifest, ModelPackage
-from bmctl.processes.signals import interrupted
 from bmctl.schema import BATCH, Signature, Span
 
 Fields = dict[str, np.ndarray]
@@ -104,8 +103,7 @@ def calibration_calls(
     given = package.given
     assert given is not None
     for batch in array_batches(open_split(context.data, name="calib", given=given), batch_size=CALIBRATION_BATCH):
-        if context.stop.requested is not None:
-            raise interrupted(context.stop.requested, "stopped during calibration; run the same command again")
+        context.stop.check("calibration")
         calls = _recorded(context, package, runners, batch, num_noise=None, whole=False)
         yield from (call for call in calls if call.part == part)
 
@@ -141,6 +139,7 @@ def _recorded(
         num_noise: Samples of noise at the most common sizes; None takes as many as cost little.
         whole: Whether a call has all samples, or as many as its graph takes at once.
     """
+    context.stop.check("the recording of samples")
     calls: list[Call] = []
     listening: dict[str, Runner] = {}
     for part, runner in runners.items():

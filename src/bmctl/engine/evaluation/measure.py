@@ -108,19 +108,27 @@ def size_bytes(path: Path) -> int:
 # -- time and memory --------------------------------------------------------------------------------
 
 
-def latency(runs: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 3) -> dict[str, Latency]:
+def _never() -> None:
+    """Nobody asks to stop."""
+
+
+def latency(
+    runs: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 3, check: Callable[[], None] = _never
+) -> dict[str, Latency]:
     """Time several callables in interleaved rounds, so that their ratios hold whatever else the machine does.
 
     Args:
         runs: Each runs once and returns when its result is there (a GPU's callable synchronises).
         rounds: The order of the callables is turned round from one to the next.
         warmup: Calls before anything is counted; in each round, after a pause of SETTLE_S, one more.
+        check: Called before each measurement: raises where the user asks to stop.
     """
     repeats = {name: _warm_up(run, warmup=warmup) for name, run in runs.items()}
     samples: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for _ in range(rounds):
         for name in names:
+            check()
             time.sleep(SETTLE_S)
             runs[name]()
             samples[name].append(1000 * _time(runs[name], repeats[name]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ class Attempt:
         sample: Arrays that it is known to take, by input.
         asked: Sizes that the user names.
         style: Of noise that it takes.
+        check: Called before each run: raises where the user asks to stop.
         agrees: Whether its outputs were of the sizes that its own names say at first; then they must stay so.
     """
 
@@ -37,6 +38,7 @@ class Attempt:
     asked: dict[str, Span]
     style: Style = "small"
     agrees: bool = False
+    check: Callable[[], None] = lambda: None
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -53,6 +55,7 @@ class Attempt:
 
     def runs(self, sizes: Mapping[str, int]) -> bool:
         """Whether it takes noise of these sizes."""
+        self.check()
         try:
             found = self.outputs(sizes)
         except Exception:  # noqa: BLE001 (ONNX Runtime's exceptions share no class)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def _settled(context: StageContext, path: Path) -> Settled:
         return Settled(onnxgraph.read_signature(path), {}, "small")
     asked = context.recipe.export
     sample = read_sample(Path(asked.sample), signature=onnxgraph.read_signature(path)) if asked.sample else None
-    return settle(path, axes=asked.axes, sample=sample)
+    return settle(path, axes=asked.axes, sample=sample, check=partial(context.stop.check, "the import"))
 
 
 def _notes(inputs: tuple[TensorSpec, ...]) -> list[str]:

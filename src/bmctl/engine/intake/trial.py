@@ -7,7 +7,7 @@ Here a graph is first made to run at some sizes; then every free axis is given o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,18 +45,25 @@ class Settled:
     notes: tuple[str, ...] = ()
 
 
-def settle(path: Path, *, axes: Mapping[str, Span] | None = None, sample: Feed | None = None) -> Settled:
+def settle(
+    path: Path,
+    *,
+    axes: Mapping[str, Span] | None = None,
+    sample: Feed | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Settled:
     """Try a checked file's axes.
 
     Args:
         axes: Sizes that the user names; they are taken as they are.
         sample: Arrays that the graph is known to take, by input.
+        check: Called before each run: raises where the user asks to stop.
 
     Raises:
         UnsupportedError: Its inputs or outputs are nothing that we can feed or read, ONNX Runtime lacks an operator, or
             it runs on none of the noise that was tried.
     """
-    graph = Attempt(path, onnxgraph.read_signature(path), sample or {}, dict(axes or {}))
+    graph = Attempt(path, onnxgraph.read_signature(path), sample or {}, dict(axes or {}), check=check)
     sizes = _start(graph)
     _check_repeats(graph, sizes)
     for axis in graph.signature.axes:
@@ -83,6 +90,7 @@ def _start(graph: Attempt) -> Sizes:
     first: Exception | None = None
     found: tuple[Sizes, Style] | None = None
     for sizes in _guesses(graph):
+        graph.check()
         try:
             style, feed = _fitting(graph, sizes)
         except Exception as error:  # noqa: BLE001 (ONNX Runtime's exceptions share no class)

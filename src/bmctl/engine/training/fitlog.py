@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from bmctl.core.evaluation import Metric
 from bmctl.engine.context import StageContext
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from bmctl.engine.training.board import Board
+from bmctl.errors import ResourceError
 
 PERIOD_S = 0.5
 
@@ -31,6 +30,7 @@ class FitLog:
     Attributes:
         num_steps_here: Steps done in this process.
         train_s: Seconds that they took.
+        error: Why it fell silent, as on a full disk; the loop ends by it once a checkpoint is published.
     """
 
     def __init__(
@@ -49,26 +49,30 @@ class FitLog:
         self._named_score = {"metric_name": scored.name, "metric_unit": scored.unit}
         self._batch_size, self._steps_per_epoch, self._num_steps = batch_size, steps_per_epoch, num_steps
         self._by_epoch = eval_every_steps is None
-        self._board: SummaryWriter | None = None
+        self._board: Board | None = None
         self._since, self._steps_since, self._since_evaluation_s = time.perf_counter(), 0, 0.0
         self._spoke_at, self._spoke_at_step, self._spoke_at_s = time.perf_counter(), 0, 0.0
         self.num_steps_here, self.train_s = 0, 0.0
+        self.error: ResourceError | None = None
 
     def open(self, *, step: int) -> None:
         """Start the clock, and TensorBoard's file; what a killed run wrote there after `step` is dropped."""
         if self._context.group.leads:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(self._context.run / "tensorboard" / self._stage), purge_step=step + 1)
+            with self._heard():
+                self._board = Board(self._context.run / "tensorboard" / self._stage, purge_step=step + 1)
         self.begin()
 
-    def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
-
     def emit(self, event: str, **fields: object) -> None:
-        if self._context.group.leads:
-            self._context.emit({"event": event, "stage": self._stage, **fields})
+        if self._context.group.leads and self.error is None:
+            with self._heard():
+                self._context.emit({"event": event, "stage": self._stage, **fields})
+
+    @contextmanager
+    def _heard(self) -> Iterator[None]:
+        try:
+            yield
+        except ResourceError as error:
+            self.error = error
 
     def note(self, text: str) -> None:
         self.emit("note", text=text)
@@ -199,6 +203,6 @@ class FitLog:
         )
 
     def _draw(self, step: int, values: Mapping[str, float]) -> None:
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        if self._board is not None and self.error is None:
+            with self._heard():
+                self._board.draw(step, values)

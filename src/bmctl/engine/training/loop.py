@@ -12,7 +12,7 @@ import torch
 
 from bmctl.engine.batch import Batch, call, chunks
 from bmctl.engine.checkpoints import checkpoint
-from bmctl.engine.parallel import Vote
+from bmctl.engine.parallel import Vote, settle
 from bmctl.engine.training.checkpointing import save
 from bmctl.engine.training.schedule import learning_rate
 from bmctl.engine.training.tracing import Tracer, tracing
@@ -29,6 +29,7 @@ def run(training: Training, position: Position) -> str:
         PreemptedError: A signal came and a checkpoint was published.
         InterruptedRunError: SIGINT came, and a checkpoint was published.
         DivergedError: The loss is no longer finite.
+        ResourceError: What it tells could not be written, such as on a full disk; a checkpoint was published.
     """
     training.model.train()
     _border(training, position)
@@ -38,6 +39,7 @@ def run(training: Training, position: Position) -> str:
             _run_epoch(training, position, tracer)
     training.log.pause()
     training.saver.finish()
+    settle(training.context.group, training.log.error)
     return why
 
 
@@ -53,6 +55,8 @@ def _run_epoch(training: Training, position: Position, tracer: Tracer) -> None:
         tracer.step()
         if signum:
             _stop(training, position, signum)
+        if position.is_unheard:
+            _end_unheard(training, position)
         _border(training, position)
         if is_over(training, position):
             return
@@ -65,10 +69,11 @@ def _run_epoch(training: Training, position: Position, tracer: Tracer) -> None:
 def _step(training: Training, position: Position, batch: Batch) -> int:
     """One optimizer step; returns the number of the signal to stop for, agreed by all ranks, or 0."""
     fit, context, watch, optimizer = training.fit, training.context, training.watch, training.optimizer
+    log = training.log
     rate = learning_rate(fit.schedule, peak=fit.optimizer.lr, step=position.step, num_steps=training.num_steps)
     optimizer.set_rate(rate)
     sums = _gradients(training, batch)
-    due = training.log.tick()
+    due = log.tick()
     # Without a norm to look at, the loss alone tells; on a GPU asking for it means waiting, so not at every step.
     looks = due or fit.skip_non_finite > 0 or fit.clip_norm is not None or context.group.device.type == "cpu"
     is_lost = looks and not math.isfinite(float(sums[0]))
@@ -78,7 +83,9 @@ def _step(training: Training, position: Position, batch: Batch) -> int:
         # Under a scaler an overflow is its own business: it leaves the step out and scales less.
         is_lost = is_lost or (not training.scaler.is_enabled() and not math.isfinite(float(norm)))
     is_late = fit.max_time_s is not None and position.elapsed_s >= fit.max_time_s
-    vote = Vote(context.group, [context.stop.requested or 0, is_lost, training.saver.status(), is_late])
+    vote = Vote(
+        context.group, [context.stop.requested or 0, is_lost, training.saver.status(), is_late, log.error is not None]
+    )
     if not (fit.skip_non_finite and vote.result()[1]):
         optimizer.step(training.scaler)
         position.sums += sums
@@ -87,7 +94,7 @@ def _step(training: Training, position: Position, batch: Batch) -> int:
     training.scaler.update()
     optimizer.zero_grad()
     watch.lap("optimizer")
-    signum, lost, saving, late = vote.result()
+    signum, lost, saving, late, unheard = vote.result()
     watch.lap("communication")
     position.step += 1
     training.feed.after(position.step)
@@ -95,11 +102,11 @@ def _step(training: Training, position: Position, batch: Batch) -> int:
     if lost:
         _skip(training, position)
     training.saver.advance(saving)
-    position.is_late = position.is_late or bool(late)
+    position.is_late, position.is_unheard = position.is_late or bool(late), bool(unheard)
     context.beat(position.step, "training")
     if due:
         loss, score = position.means()
-        training.log.step(
+        log.step(
             position.step,
             loss=loss,
             metric=score,
@@ -178,6 +185,13 @@ def _border(training: Training, position: Position) -> None:
     if validates or saves:
         training.log.begin()
         training.watch.start()
+
+
+def _end_unheard(training: Training, position: Position) -> None:
+    """Publish a checkpoint, and end by what kept rank 0 from telling where the training stands."""
+    save(training, position)
+    training.saver.finish()
+    settle(training.context.group, training.log.error)
 
 
 def _stop(training: Training, position: Position, signum: int) -> None:

@@ -107,6 +107,7 @@ def fit(
         with open_feed(training, batch_size=training.batch_size, num_workers=workers, pin=pin) as training.feed:
             where = start(training) if found is None else go_on(training, found)
             why = _run(training, where)
+        context.stop.kept = "the checkpoint of the last step"
         context.beat(where.step, "finishing")
         kept, evaluation = _select(training, where)
     assert where.best_step is not None
@@ -147,7 +148,6 @@ def _run(training: Training, where: Position) -> str:
         raise
     finally:
         training.saver.abandon()
-        log.close()
     if why != "done":
         log.note(why)
     assert where.best_step is not None

@@ -112,6 +112,7 @@ class Position:
         skipped: Steps in a row that were left out because they were not finite.
         elapsed_s: Seconds of training, over all attempts, without evaluations and saving.
         is_late: The recipe's time is up.
+        is_unheard: What rank 0 tells can no longer be written.
     """
 
     sums: torch.Tensor
@@ -125,6 +126,7 @@ class Position:
     skipped: int = 0
     elapsed_s: float = 0.0
     is_late: bool = False
+    is_unheard: bool = False
 
     def means(self) -> tuple[float, float]:
         """Loss and score over the finite steps since the last evaluation."""

@@ -11,10 +11,11 @@ import onnxruntime
 
 from bmctl.core import onnxfile, onnxgraph, quiet
 from bmctl.core.runner import check_feed, rows
-from bmctl.errors import DataError, UnsupportedError
+from bmctl.errors import BmctlError, DataError, UnsupportedError
 from bmctl.schema import BATCH, Signature
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from bmctl.methods import Meta, MethodContext
@@ -37,7 +38,7 @@ def quantize(onnx_path: Path, config: Config, context: MethodContext, *, wanted:
     ignored = onnxgraph.match_nodes(model, config.ignore, where="ptq: ignore")
     notes: list[str] = []
     with quiet.listening(notes):
-        model, version = _quantize(model, samples, config, ignored=ignored)
+        model, version = _quantize(model, samples, config, ignored=ignored, check=context.check)
     onnxgraph.tidy(model)
     num_pairs = sum(node.op_type == "QuantizeLinear" for node in model.graph.node)
     if not num_pairs:
@@ -102,9 +103,19 @@ def _samples(
 
 
 def _quantize(
-    model: onnx.ModelProto, samples: list[dict[str, np.ndarray]], config: Config, *, ignored: list[str]
+    model: onnx.ModelProto,
+    samples: list[dict[str, np.ndarray]],
+    config: Config,
+    *,
+    ignored: list[str],
+    check: Callable[[], None],
 ) -> tuple[onnx.ModelProto, str]:
     """NNCF's result with int8 weights, and NNCF's version."""
+
+    def taken(sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        check()  # NNCF asks for every sample several times, and looks at no signal meanwhile
+        return sample
+
     quiet.switch_off_telemetry()
     with quiet.listening([]):  # torch remarks on compilers and CUDA when NNCF loads its extensions
         import nncf
@@ -114,13 +125,15 @@ def _quantize(
     try:
         quantized: Any = nncf.quantize(
             model,
-            nncf.Dataset(samples),
+            nncf.Dataset(samples, taken),
             preset=nncf.QuantizationPreset(config.preset),
             subset_size=len(samples),
             fast_bias_correction=config.fast_bias_correction,
             model_type=nncf.ModelType.TRANSFORMER if _has_attention(model) else None,
             ignored_scope=nncf.IgnoredScope(names=ignored) if ignored else None,
         )
+    except BmctlError:
+        raise
     except Exception as error:  # NNCF lets through whatever ONNX Runtime and its own passes raise
         raise UnsupportedError(
             f"NNCF {nncf.__version__} cannot quantize this graph: {' '.join(str(error).split())[:300]}",

@@ -61,7 +61,7 @@ def apply(model: nn.Module, config: Config, context: MethodContext) -> Meta:
     """
     from bmctl.methods.structured import pruning
 
-    return pruning.prune(model, config, example=context.example)
+    return pruning.prune(model, config, context)
 
 
 def restore(model: nn.Module, config: Config, meta: Meta) -> None:

@@ -15,7 +15,7 @@ from bmctl.errors import PackageError, UnsupportedError
 from bmctl.methods.structured import channels
 
 if TYPE_CHECKING:
-    from bmctl.methods import Example, Meta
+    from bmctl.methods import Example, Meta, MethodContext
     from bmctl.methods.structured import Config
 
 # What pruning may change in a module besides its tensors: sizes that forward passes and exports read.
@@ -40,8 +40,9 @@ ATTRIBUTES = (
 )
 
 
-def prune(model: nn.Module, config: Config, *, example: Example) -> Meta:
+def prune(model: nn.Module, config: Config, context: MethodContext) -> Meta:
     """What `structured.apply` promises."""
+    example = context.example
     before = _describe(model)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     model.requires_grad_(True)  # the graph is traced through autograd
@@ -51,7 +52,7 @@ def prune(model: nn.Module, config: Config, *, example: Example) -> Meta:
         layer.weight.grad = masks.get_mask(layer).to(layer.weight.dtype)
     with deterministic(), evaluating(model):
         shapes = _shapes(model, example)
-        groups = _prune(model, config, example)
+        groups = _prune(model, config, context)
         _mend(model)
         _check_runs(model, example, shapes)
     for layer in held.values():
@@ -109,12 +110,12 @@ def _resize(module: nn.Module, key: str, shape: list[int], *, name: str) -> None
         module._buffers[key] = new
 
 
-def _prune(model: nn.Module, config: Config, example: Example) -> dict[str, list[int]]:
+def _prune(model: nn.Module, config: Config, context: MethodContext) -> dict[str, list[int]]:
     """{group: [channels before, channels after]}."""
     layers = weight_layers(model)
     ignored = [layers[name] for name in sorted(matching(list(layers), config.ignore, key="structured.ignore"))]
-    outputs = channels.output_layers(model, example)
-    graph = channels.dependency_graph(model, example)
+    outputs = channels.output_layers(model, context.example)
+    graph = channels.dependency_graph(model, context.example)
     found: dict[str, list[int]] = {}
     try:
         groups = channels.find_groups(model, graph, ignored=[*ignored, *outputs], norm=int(config.norm[1]))
@@ -124,6 +125,7 @@ def _prune(model: nn.Module, config: Config, example: Example) -> dict[str, list
             lost = channels.choose_globally(groups, ratio=config.ratio, max_ratio=config.max_ratio)
         lost = [channels.rounded(group, n, round_to=config.round_to) for group, n in zip(groups, lost, strict=True)]
         for group, num in zip(groups, lost, strict=True):
+            context.check()
             if num:
                 before = group.num_places * group.blocks
                 found[group.name] = [before, before - channels.prune_group(graph, group, num)]

@@ -69,7 +69,7 @@ def apply(model: nn.Module, config: Config, context: MethodContext) -> Meta:
     """
     from bmctl.methods.svd import factorise
 
-    return factorise.factorise(model, config, example=context.example)
+    return factorise.factorise(model, config, context)
 
 
 def restore(model: nn.Module, config: Config, meta: Meta) -> None:

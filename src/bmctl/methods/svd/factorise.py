@@ -21,17 +21,18 @@ from bmctl.core.masks import has_mask
 from bmctl.errors import PackageError, UnsupportedError
 
 if TYPE_CHECKING:
-    from bmctl.methods import Example, Meta
+    from bmctl.methods import Example, Meta, MethodContext
     from bmctl.methods.svd import Config
 
 
-def factorise(model: nn.Module, config: Config, *, example: Example) -> Meta:
+def factorise(model: nn.Module, config: Config, context: MethodContext) -> Meta:
     """What `svd.apply` promises."""
-    layers, kept = _chosen(model, config, example)
+    layers, kept = _chosen(model, config, context.example)
     ranks: dict[str, int] = {}
     notes: list[str] = []
     with deterministic():
         for name, layer in layers.items():
+            context.check()
             rank, factors = _factorise(layer, config)
             if factors is None:
                 kept[name] = f"rank {rank} would not make it smaller"
@@ -45,7 +46,7 @@ def factorise(model: nn.Module, config: Config, *, example: Example) -> Meta:
             f"svd: no layer gets smaller ({'; '.join(f'{name}: {why}' for name, why in list(kept.items())[:4])})",
             hint="lower rank, ratio or energy, or name other layers in `include`",
         )
-    _check_runs(model, example)
+    _check_runs(model, context.example)
     return {"layers": ranks, "kept": kept, "notes": notes}
 
 
