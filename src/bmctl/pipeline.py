@@ -6,14 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from bmctl import stages, store
 from bmctl.backends import named
 from bmctl.errors import BmctlError, RecipeError, UsageError
 from bmctl.methods import METHODS, of_verb
 from bmctl.processes.signals import catch_signals
-from bmctl.recipe import InferConfig, bare_recipe, describe
+from bmctl.recipe import InferConfig, Recipe, bare_recipe, describe
 from bmctl.schema import resolve_env
 from bmctl.session import Options, Target, clear, find_target, graph_overrides, import_target, opened, stage
 
@@ -103,14 +103,21 @@ def export(
     target = find_target(options, source, once=graph_overrides(axes, sample=sample))
     chosen = named(backends, given=target.recipe.export.backends) if backends else target.recipe.export.backends
     if options.dry_run:
-        section = target.recipe.export.model_copy(update={"backends": chosen})
-        narrowed = replace(target, recipe=target.recipe.model_copy(update={"export": section}))
+        narrowed = replace(target, recipe=_exporting(target.recipe, chosen))
         return _plan(options, narrowed, of=STAGES[:3] if options.recipe else ("export",))
+    if target.kept is not None and not target.kept.export.backends:
+        target = replace(target, kept=_exporting(target.kept, chosen))  # it names none: these are the first
     with opened(options, target) as session:
         if stages.start(session, target) is None and options.recipe:
             stages.compress(session, start=stages.first_package(session))
         stages.export(session, backends=chosen, flag=flag)
         return stages.finish(session)
+
+
+def _exporting(recipe: Recipe, backends: Sequence[Any]) -> Recipe:
+    """The recipe with these backends, configs of BACKENDS."""
+    section = recipe.export.model_copy(update={"backends": tuple(backends)})
+    return recipe.model_copy(update={"export": section})
 
 
 def infer(

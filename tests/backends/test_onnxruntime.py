@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -60,3 +62,13 @@ def test_nothing_reaches_stderr(tmp_path: Path, capfd: pytest.CaptureFixture[str
 def test_unknown_keys_are_refused() -> None:
     with pytest.raises(ValidationError, match="precision"):
         backend.Config.model_validate({"precision": "int8"})
+
+
+def test_nothing_is_written_at_home(tmp_path: Path) -> None:
+    """ONNX Runtime's telemetry puts an identifier there as soon as it is loaded, unless it was told before."""
+    ours = {name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", "CI")}
+    paths = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(
+        [sys.executable, "-c", "import bmctl.cli, onnxruntime"], env=ours | paths, capture_output=True, check=True
+    )
+    assert list(tmp_path.rglob("*")) == []

@@ -90,6 +90,14 @@ def odd_tar_files(work: Path, *, cache: Path) -> None:
     with tarfile.open(work / "odd" / "letters.tar", "w") as archive:
         add_member(archive, "x.png", b"")
         add_member(archive, "x.cls", b"cat")
+    with (
+        tarfile.open(work / "data" / "a.tar") as whole,
+        tarfile.open(work / "odd" / "negative.tar", "w") as archive,
+    ):
+        for info in whole:
+            body = whole.extractfile(info)
+            assert body is not None
+            add_member(archive, info.name, b"-1" if info.name == "03.cls" else body.read())
 
 
 def lines(work: Path, *, cache: Path) -> None:
@@ -116,6 +124,10 @@ def odd_images(work: Path, *, cache: Path) -> None:
     header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 0, 0, 0, 0)
     (odd / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")))
     Image.fromarray(noise[:4, :4, 0]).save(odd / "small.png")
+    Image.fromarray(noise).convert("CMYK").save(odd / "cmyk.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn it by 90 degrees
+    Image.fromarray(noise[..., 0]).save(odd / "turned.png", exif=exif)
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
@@ -139,6 +151,8 @@ gif_named_png = swap_in("really.gif", "data/train/a/03.png")
 jpeg_named_png = swap_in("good.jpg", "data/train/a/03.png")
 huge_png = swap_in("huge.png", "data/train/a/03.png")
 small_png = swap_in("small.png", "data/train/a/03.png")
+cmyk_jpg = swap_in("cmyk.jpg", "data/train/a/03.png")
+turned_png = swap_in("turned.png", "data/train/a/03.png")
 
 
 def leak(work: Path, *, cache: Path) -> None:
@@ -189,6 +203,30 @@ def exported(work: Path, *, cache: Path) -> None:
         trained(made, cache=cache)
         run_in(made, "export", "run")
     copy(made, work)
+
+
+def unfinished(work: Path, *, cache: Path) -> None:
+    """The same as `trained`, but that the package is not there yet: only checkpoints are."""
+    trained(work, cache=cache)
+    shutil.rmtree(work / "run/packages")
+
+
+def third_class(work: Path, *, cache: Path) -> None:
+    """One more class of images in data/."""
+    for i, split in enumerate(("train", "val", "test")):
+        pictures(work / "data" / split / "c", count=4, seed=100 + i)
+
+
+def quoted_lines(work: Path, *, cache: Path) -> None:
+    """list.csv with a byte order mark, and the name of a file with a line break in it."""
+    (work / "images" / "00.png").rename(work / "images" / "0\n0.png")
+    text = (work / "list.csv").read_text().replace("images/00.png", '"images/0\n0.png"')
+    (work / "list.csv").write_text(text, encoding="utf-8-sig")
+
+
+def future_onnx(work: Path, *, cache: Path) -> None:
+    """m.onnx with operators of a set that does not exist yet."""
+    write_onnx(work / "m.onnx", opset=99)
 
 
 def run_in(folder: Path, *command: str) -> None:
@@ -266,7 +304,7 @@ def evil_package(work: Path, *, cache: Path) -> None:
     rewrite(work, weights=EVIL)
 
 
-def write_onnx(path: Path, *, location: str = "") -> None:
+def write_onnx(path: Path, *, location: str = "", opset: int = 20) -> None:
     """x [N, 4] times a matrix, whose values stand in an external file if `location` names one."""
     weights = numpy_helper.from_array(np.eye(4, dtype=np.float32), "w")
     if location:
@@ -282,7 +320,7 @@ def write_onnx(path: Path, *, location: str = "") -> None:
         [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 4])],
         [weights],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
     path.write_bytes(model.SerializeToString())
 
 

@@ -72,7 +72,7 @@ class Case(Strict):
         stdout: A pattern that stdout must match in full; stdout is empty without.
         fixture: Functions of fixtures.py that make files in the working directory, before `files`.
         files: Files to make or damage there.
-        env: Environment variables; null removes one.
+        env: Environment variables; null removes one. What PYTHONPATH names comes before what it is otherwise.
         new: Where new files and directories may be afterwards, in the working directory.
         changed: Files that may change.
         process: Run as a process of its own, not as a call in this one.
@@ -191,7 +191,8 @@ def environment(case: Case, root: Path) -> dict[str, str | None]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    return {**base, **case.env}
+    paths = [path for path in (case.env.get("PYTHONPATH"), os.environ.get("PYTHONPATH")) if path]
+    return {**base, **case.env, "PYTHONPATH": os.pathsep.join(paths) or None}
 
 
 def check(case: Case, outcome: Outcome) -> None:

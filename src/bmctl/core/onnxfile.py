@@ -24,6 +24,9 @@ MAX_BYTES = 2**31 - 1
 MAX_DEPTH = 16
 """Subgraphs within subgraphs; real models have at most a loop within a branch."""
 
+MAX_OPSET = 26
+"""The newest operator set that ONNX Runtime reads."""
+
 DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft"}
 """Operator sets that at least one of our runtimes knows."""
 
@@ -36,7 +39,7 @@ def check_onnx(path: Path) -> ModelProto:
 
     Raises:
         PackageError: Missing, not a regular file, malformed, cyclic, or with bad external data.
-        UnsupportedError: Over 2 GiB, nested too deep, or with operators of a foreign domain.
+        UnsupportedError: Over 2 GiB, nested too deep, or with operators of a foreign domain or of an opset to come.
     """
     model = _parse(path)
     nodes = list(onnxgraph.walk(model))
@@ -80,6 +83,12 @@ def _parse(path: Path) -> ModelProto:
 
 
 def _check_domains(path: Path, model: ModelProto, nodes: list[tuple[NodeProto, int]]) -> None:
+    opset = max((one.version for one in model.opset_import if one.domain in ("", "ai.onnx")), default=1)
+    if opset > MAX_OPSET:
+        raise UnsupportedError(
+            f"{path} has operators of opset {opset}; runtimes read up to {MAX_OPSET}",
+            hint=f"export the model again with opset_version={MAX_OPSET}",
+        )
     local = {(function.domain, function.name) for function in model.functions}
     for node, depth in nodes:
         if depth > MAX_DEPTH:
