@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "stages": {"session", "package", "launch", "job", "report", "store", "processes", "tasks", "backends", "engine"},
     "queries": {"session", "recipe", "rundir", "report", "doctor"},
-    "session": {"console", "recipe", "rundir", "package", "launch", "job", "processes", "engine"},
+    "session": {"console", "core", "recipe", "rundir", "package", "launch", "job", "processes", "engine"},
     "console": {"core", "report.rows", "report.page", "report.scoring", "report.wording"},
     "report.wording": {"report.numbers", "core"},
     "report.page": {"report.rows", "report.numbers", "core"},
@@ -35,10 +35,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report.scoring": {"report.rows", "core", "tasks"},  # a task's own functions read an evaluation's counts
     "report.rows": set(),
     "recipe": set(),
-    "recipe.sections": PLUGINS,
+    "recipe.sections": {"core", *PLUGINS},
     "recipe.shape": {"recipe.yamlio", "recipe.sections"},
     "recipe.diagnosis": {"recipe.yamlio", "recipe.shape", "models"},
-    "recipe.draft": {"recipe.yamlio", "recipe.shape", "recipe.diagnosis"},
+    "recipe.draft": {"core", "recipe.yamlio", "recipe.shape", "recipe.diagnosis"},
     "recipe.checks": {
         "recipe.yamlio", "recipe.sections", "recipe.diagnosis", "core", *(PLUGINS - {"sources"}),
     },
@@ -46,9 +46,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe.yamlio": set(),
     "disk": set(),
     "store": {"disk"},
-    "rundir": {"store", "disk", "recipe", "package", "job"},
+    "rundir": {"core", "store", "disk", "recipe", "package", "job"},
     "weights": {"store"},
-    "package": {"store", "weights", "models", "inputs"},
+    "package": {"core", "store", "weights", "models", "inputs"},
     "restore": {"package", "weights", "models", "methods"},
     "job": {"store"},
     "verdict": {"job"},
@@ -108,7 +108,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "engine.loading", "engine.artifacts", "engine.evaluation", "engine.context",
     },
     "engine.worker": {
-        "recipe", "package", "store", "job", "verdict", "processes",
+        "core", "recipe", "package", "store", "job", "verdict", "processes",
         "engine.context", "engine.parallel", "engine.training",
     },
 }  # fmt: skip

@@ -26,6 +26,7 @@ SPELLED = {
     "overwrite": ["--overwrite"],
     "dry_run": ["--dry-run"],
     "device": ["--device", "abacus"],
+    "trust_code": ["--trust-code"],
     "as_json": ["--json"],
     "quiet": ["-q"],
     "verbose": ["-v"],
@@ -39,6 +40,7 @@ WHO: dict[str, tuple[str, ...]] = {
     "overwrite": (*TRAINING, "import", "recipes cp"),
     "dry_run": STAGES,
     "device": (*TRAINING, "import", "evaluate"),  # of an artifact it is the backend's
+    "trust_code": (*STAGES, "report", "validate"),
     "as_json": COMMANDS,
     "quiet": COMMANDS,
     "verbose": STAGES,

@@ -71,6 +71,9 @@ def common(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Do finished stages again.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")] = None,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Run .py files that recipes and packages name.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Silent on success.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
@@ -97,8 +100,9 @@ def command(
         def run(**given: Any) -> int:
             from bmctl.session import Options
 
-            code = function(Options(**{flag: given.pop(flag) for flag in shared}), **given)
-            raise typer.Exit(code)
+            options = Options(**{flag: given.pop(flag) for flag in shared})
+            options.begin()
+            raise typer.Exit(function(options, **given))
 
         parameters = [*own, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in shared.values())]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -246,7 +250,7 @@ def evaluate(
     return pipeline.evaluate(options, source=source, split=split)
 
 
-@command(PACKAGES, flags=SPEAKING)
+@command(PACKAGES, flags=("trust_code", *SPEAKING))
 def report(
     options: "Options",
     source: Annotated[str | None, typer.Argument(metavar="[RUN]", help="Else the newest run.")] = None,
@@ -258,7 +262,7 @@ def report(
     return queries.report(options, source=source, form=form)
 
 
-@command(SET_UP, flags=("overrides", *SPEAKING))
+@command(SET_UP, flags=("overrides", "trust_code", *SPEAKING))
 def validate(
     options: "Options",
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in recipe's name, or a path.")],
@@ -322,11 +326,7 @@ def spell(argument: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Returns:
-        The exit code; see errors.py and the README.
-    """
+    """Run one command; returns the exit code: see errors.py and the README."""
     arguments = [spell(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     try:
         app(arguments, prog_name="bmctl")

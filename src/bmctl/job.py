@@ -23,6 +23,7 @@ class Job(Strict):
         resume: Go on from the newest checkpoint.
         overwrite: Do a finished stage again.
         profile: Write a trace of a few steps into the run.
+        trust_code: Files that the recipe names in the place of plug-ins may run.
         start: The package of the run to train further; None trains the recipe's model as the run's first package.
         node: Ends the names of this machine's own files where several machines share the run.
     """
@@ -33,6 +34,7 @@ class Job(Strict):
     overwrite: bool = False
     start: str | None = None
     profile: bool = False
+    trust_code: bool = False
     node: str = ""
 
     @property

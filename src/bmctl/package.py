@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from bmctl import __version__, store
+from bmctl.core import owncode
 from bmctl.errors import PackageError, ResourceError
 from bmctl.inputs import InputSpec, Resolved
 from bmctl.models import ModelSpec
@@ -128,6 +129,7 @@ def open_package(path: Path, *, verify: bool = True) -> ModelPackage:
     Raises:
         PackageError: Missing, corrupt, incomplete, of another format, or not a package.
     """
+    owncode.open_beside(store.read_regular(path / store.MANIFEST).decode(errors="replace"), path)
     manifest = store.read_manifest(path, Manifest)
     content = {f"{GRAPHS}/{part}.onnx" for part in manifest.parts} if manifest.frozen else {WEIGHTS}
     for name in sorted({RECIPE, *content} - set(manifest.files)):
@@ -218,6 +220,7 @@ def save_package(
     with store.publishing(target, overwrite=overwrite) as temporary:
         (temporary / RECIPE).write_text(recipe_yaml, encoding="utf-8")
         write_files(temporary, files or {})
+        owncode.keep(recipe_yaml + manifest.model_dump_json(), temporary)
         if model is not None:
             aliases = save_weights(model, temporary / WEIGHTS)
         for part, graph in (graphs or {}).items():

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bmctl import __version__, store
+from bmctl.core import owncode
 from bmctl.disk import disk_errors
 from bmctl.errors import PackageError, RecipeError, ResourceError, UsageError
 from bmctl.job import Logs
@@ -107,10 +108,11 @@ def opened(path: Path, recipe: Recipe, *, kept: Recipe | None = None) -> Iterato
 
 def keep_recipe(path: Path, recipe: Recipe) -> None:
     """Make `recipe` the run's own: its packages were made with it."""
-    text = recipe_yaml(recipe).encode()
-    if is_run(path) and (path / "recipe.yaml").is_file() and (path / "recipe.yaml").read_bytes() == text:
+    text = recipe_yaml(recipe)
+    if is_run(path) and (path / "recipe.yaml").is_file() and (path / "recipe.yaml").read_text(encoding="utf-8") == text:
         return
-    store.write_atomic(path / "recipe.yaml", text)
+    owncode.keep(text, path)
+    store.write_atomic(path / "recipe.yaml", text.encode())
     manifest = {"format": 1, "bmctl": __version__, "kind": "run", "name": recipe.name, "seed": recipe.seed}
     store.write_atomic(path / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
 
@@ -122,7 +124,9 @@ def _begin(path: Path, recipe: Recipe, *, kept: Recipe) -> None:
     job = Logs(path).recipe
     with disk_errors(job):
         job.parent.mkdir(exist_ok=True)
-    store.write_atomic(job, recipe_yaml(recipe).encode())
+    text = recipe_yaml(recipe)
+    owncode.keep(text, job.parent)
+    store.write_atomic(job, text.encode())
 
 
 def _is_free(path: Path, *, many: bool) -> bool:

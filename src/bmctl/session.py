@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from bmctl import package, rundir
 from bmctl.console import Console
+from bmctl.core import owncode
 from bmctl.errors import BmctlError, RecipeError, UsageError
 from bmctl.job import is_restarted
 from bmctl.launch import is_worker
@@ -42,10 +43,15 @@ class Options:
     overwrite: bool = False
     dry_run: bool = False
     device: str | None = None
+    trust_code: bool = False
     as_json: bool = False
     quiet: bool = False
     verbose: bool = False
     debug: bool = False
+
+    def begin(self) -> None:
+        """What the flags say that holds for the whole process."""
+        owncode.trust(self.trust_code)
 
     def console(self) -> Console:
         return Console(quiet=self.quiet or not leads(), verbose=self.verbose, as_json=self.as_json)

@@ -61,6 +61,7 @@ def train_package(session: Session, *, start: package.ModelPackage | None = None
         overwrite=options.overwrite,
         start=str(start.path) if start else None,
         profile=profile,
+        trust_code=options.trust_code,
     )
     with making(session):
         launch(job, recipe.launch, emit=session.emit)

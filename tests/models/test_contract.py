@@ -36,7 +36,9 @@ SMALL: dict[str, list[tuple[str, dict[str, object], int, tuple[int, int]]]] = {
         ("mobilenet_v1", {"depth_multiplier": 0.25, "min_depth": 4}, 3, (32, 48)),
     ],
 }
-CASES = [(prefix, *case) for prefix in MODELS for case in SMALL[prefix]]
+# A user's own are tried in tests/test_own_code.py.
+PREFIXES = [prefix for prefix in MODELS if prefix != "file"]
+CASES = [(prefix, *case) for prefix in PREFIXES for case in SMALL[prefix]]
 
 
 def spec(
@@ -62,7 +64,7 @@ def test_a_model_is_built_again_from_its_json(
         assert torch.equal(again.eval()(x), logits)
 
 
-@pytest.mark.parametrize("prefix", MODELS)
+@pytest.mark.parametrize("prefix", PREFIXES)
 def test_names_are_known_and_misspellings_are_guessed(prefix: str) -> None:
     known = MODELS[prefix].names()
     assert {case[0] for case in SMALL[prefix]} <= set(known)
@@ -75,13 +77,13 @@ def test_names_are_known_and_misspellings_are_guessed(prefix: str) -> None:
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("prefix", MODELS)
+@pytest.mark.parametrize("prefix", PREFIXES)
 def test_without_published_weights_the_data_decide_the_normalisation(prefix: str) -> None:
     known = models.published(ModelConfig(name=f"{prefix}:{SMALL[prefix][0][0]}"))
     assert not {"mean", "std", "crop"} & set(known.of("image")) and known.num_classes is None
 
 
-@pytest.mark.parametrize("prefix", MODELS)
+@pytest.mark.parametrize("prefix", PREFIXES)
 def test_arguments_that_do_not_exist_are_refused(prefix: str) -> None:
     name, _, channels, size = SMALL[prefix][0]
     with pytest.raises(RecipeError, match="nonsense"):

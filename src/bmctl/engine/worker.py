@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from bmctl import store
+from bmctl.core import owncode
 from bmctl.errors import BmctlError, InterruptedRunError, PreemptedError, RecipeError
 from bmctl.job import Job, Logs, is_restarted, outcome_path, torchrun_nodes, write_outcome
 from bmctl.processes.attempts import Attempts
@@ -122,6 +123,7 @@ def main(argv: Sequence[str]) -> int:
     end_with(int(os.environ["BMCTL_PARENT"]), at_once=True)
     _write_to(logs.of_rank(rank))
     dump_on_signal()
+    owncode.trust(job.trust_code)
     try:
         with catch_signals() as stop, beating(logs.beat(rank)) as heart:
             store.write_atomic(logs.pid(rank), str(os.getpid()).encode())

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol, TypeAlias, Union
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from bmctl.core.columns import Column
-from bmctl.core.plugins import plugins
+from bmctl.core.owncode import OwnCode
+from bmctl.core.plugins import plugins, section
 from bmctl.schema import Emit, Span, Strict, TensorSpec
 
 if TYPE_CHECKING:
@@ -174,6 +173,8 @@ INPUTS: Mapping[str, ModuleType] = plugins(
     "image",
     "text",
     "tabular",
+    needs=Input,
+    models=("Config", "Spec"),
 )
 
 # The table is the single source of what a recipe and a manifest may name; type checkers cannot read a table.
@@ -181,8 +182,8 @@ if TYPE_CHECKING:
     InputConfig: TypeAlias = Any
     InputSpec: TypeAlias = Any
 else:
-    InputConfig = Annotated[Union[tuple(m.Config for m in INPUTS.values())], Field(discriminator="kind")]
-    InputSpec = Annotated[Union[tuple(m.Spec for m in INPUTS.values())], Field(discriminator="kind")]
+    InputConfig = section(INPUTS, own=OwnCode)
+    InputSpec = section(INPUTS, model="Spec")
 
 
 def specs(given: Resolved) -> tuple[TensorSpec, ...]:

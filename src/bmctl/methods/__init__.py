@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from pydantic import Field
 
 from bmctl.core.plugins import plugins
+from bmctl.fit import ModuleStepConfig
 from bmctl.schema import StepConfig
 
 if TYPE_CHECKING:
@@ -84,8 +87,19 @@ METHODS: Mapping[str, ModuleType] = plugins(
     "svd",
     "ptq",
     "cast",
+    needs=Method,
+    key="method",
+    outside=tuple(ModuleStepConfig.model_fields),
 )
 """By name; the first of a verb is what its command takes where nothing else is said."""
+
+
+class OwnStep(ModuleStepConfig):
+    """A file in the place of a method; see core.owncode."""
+
+    method: Literal["file"] = "file"
+    path: str
+    args: dict[str, Any] = Field(default_factory=dict)
 
 
 def of_verb(verb: str) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from bmctl.core.published import Published
 from bmctl.errors import RecipeError
-from bmctl.models import own, timm, torchvision, transformers
+from bmctl.models import file, own, timm, torchvision, transformers
 from bmctl.models.spec import Argument, Drops, ModelConfig, ModelSpec, bare_name, construct, no_drop, words
 from bmctl.schema import BATCH
 
@@ -46,7 +46,7 @@ class ModelSource(Protocol):
 
 
 MODELS: Mapping[str, ModuleType] = MappingProxyType(
-    {"bmctl": own, "torchvision": torchvision, "timm": timm, "transformers": transformers}
+    {"bmctl": own, "torchvision": torchvision, "timm": timm, "transformers": transformers, "file": file}
 )
 
 _SMALL = 8
@@ -66,7 +66,7 @@ def check_name(name: str) -> None:
 
     prefix, bare = name.partition(":")[0], bare_name(name)
     known = MODELS[prefix].names()
-    if bare not in known and not (prefix == "transformers" and transformers.is_elsewhere(bare)):
+    if bare not in known and not (prefix in ("transformers", "file") and MODELS[prefix].is_elsewhere(bare)):
         close = difflib.get_close_matches(bare, known, n=3)
         meant = " or ".join(f"{prefix}:{each}" for each in close)
         raise RecipeError(

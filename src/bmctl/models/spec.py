@@ -33,7 +33,7 @@ class ModelConfig(Strict):
         stochastic_depth: The same for whole residual branches, at the last block; less at those before it.
     """
 
-    name: Annotated[str, Field(pattern=r"^(bmctl|torchvision|timm|transformers):[A-Za-z0-9_.\-/${}:]{1,200}$")]
+    name: Annotated[str, Field(pattern=r"^(bmctl|torchvision|timm|transformers|file):[A-Za-z0-9_.\-/${}:@]{1,200}$")]
     args: dict[str, Argument] = Field(default_factory=dict)
     pretrained: bool = False
     dropout: Probability | None = None

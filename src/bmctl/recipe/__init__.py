@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from bmctl.errors import Problem, RecipeError
 from bmctl.recipe.checks import check_sections
 from bmctl.recipe.diagnosis import dotted, explain, nearest_place
-from bmctl.recipe.draft import Draft, apply_override, check_variables, expand, merge
+from bmctl.recipe.draft import Draft, apply_override, check_variables, expand, merge, read_own_code
 from bmctl.recipe.plan import describe
 from bmctl.recipe.sections import (
     BackendConfig,
@@ -73,6 +73,7 @@ def finish(draft: Draft, *, overrides: Sequence[str]) -> Recipe:
     """Overrides, then every check; raises all problems together."""
     for override in overrides:
         apply_override(draft, override)
+    read_own_code(draft, draft.data, draft.places, base=Path())
     expand(draft.data, draft.places, kinds=default_kinds(draft.data))
     check_variables(draft, draft.data, path=())
     recipe = None
@@ -163,6 +164,7 @@ def read_into(draft: Draft, path: Path, *, name: str, root: Path, chain: tuple[P
         where = places.get(("include", i), places["include",])
         include(draft, target, where=where, beside=path, name=name, root=root, chain=(*chain, path.resolve()))
     expand(data, places, kinds={})
+    read_own_code(draft, data, places, base=path.parent)
     merge(draft.data, data, path=(), places=draft.places, over_places=places)
     draft.places[()] = f"{name}:1:1"
 

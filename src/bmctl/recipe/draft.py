@@ -6,13 +6,23 @@ import csv
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from bmctl.core import owncode
 from bmctl.errors import Problem, RecipeError
 from bmctl.recipe.diagnosis import dotted, nearest_place
 from bmctl.recipe.shape import SHORTHAND
 from bmctl.recipe.yamlio import MAX_DEPTH, KeyPath, parse_yaml
-from bmctl.schema import VARIABLE
+from bmctl.schema import VARIABLE, resolve_env
+
+OWN: Mapping[KeyPath, str] = {
+    ("task",): "kind",
+    ("data", "source"): "kind",
+    ("data", "input"): "kind",
+    ("compress", "*"): "method",
+}
+"""Where a file may stand in the place of a plug-in, and the key that says so."""
 
 
 @dataclass
@@ -53,6 +63,50 @@ def expand(value: Any, places: dict[KeyPath, str], *, kinds: Mapping[KeyPath, st
         if shape in kinds and isinstance(item, dict):
             item.setdefault(SHORTHAND[shape], kinds[shape])
         expand(item, places, kinds=kinds, path=inner)
+
+
+def read_own_code(draft: Draft, data: Any, places: dict[KeyPath, str], *, base: Path, path: KeyPath = ()) -> None:
+    """Load the files that stand in the place of plug-ins, in place: what is saved names them by their contents.
+
+    Args:
+        draft: Takes the problems.
+        base: Where the paths begin: the folder of the file that names them.
+    """
+    for key, item in entries(data):
+        inner = (*path, key)
+        if inner == ("model", "name") and isinstance(item, str) and item.startswith("file:"):
+            data[key] = _own_model(draft, item, nearest_place(places, inner), base=base)
+        kind = OWN.get(pattern(inner))
+        if kind is None or not isinstance(item, dict):
+            read_own_code(draft, item, places, base=base, path=inner)
+        elif (item.get(kind) == "file" or owncode.is_own(item.get(kind))) and isinstance(item.get("path"), str):
+            where = nearest_place(places, (*inner, "path"))
+            item[kind] = _own_code(draft, item["path"], where, base=base) or "file"
+            if item[kind] != "file":
+                del item["path"]
+        elif owncode.is_own(item.get(kind)):
+            owncode.open_beside(item[kind], base)
+
+
+def _own_model(draft: Draft, name: str, where: str, *, base: Path) -> str:
+    """``file:net.py:Net`` with what net.py holds in it."""
+    if owncode.is_own(name):
+        owncode.open_beside(name, base)
+        return name
+    file, colon, made = name.removeprefix("file:").rpartition(":")
+    if not colon or not made.isidentifier():
+        draft.problems.append(Problem(where, "model.name", f"{name!r} names no class", "such as file:net.py:Net"))
+        return name
+    found = _own_code(draft, file, where, base=base)
+    return f"{found}:{made}" if found else name
+
+
+def _own_code(draft: Draft, path: str, where: str, *, base: Path) -> str:
+    try:
+        return owncode.load(base / resolve_env(path), asked_by=where)
+    except RecipeError as error:
+        draft.problems.append(Problem(where, "", error.message, error.hint))
+        return ""
 
 
 def merge(

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union
 from pydantic import Field, field_validator, model_validator
 
 from bmctl.backends import BACKENDS
+from bmctl.core.owncode import OwnCode
+from bmctl.core.plugins import section
 from bmctl.fit import Fit
 from bmctl.inputs import INPUTS, InputConfig
-from bmctl.methods import METHODS
+from bmctl.methods import METHODS, OwnStep
 from bmctl.models import ModelConfig
 from bmctl.schema import BATCH, Count, Many, NotNegative, Positive, Span, Strict
 from bmctl.sources import SOURCES
@@ -26,9 +28,9 @@ if TYPE_CHECKING:
     BackendConfig: TypeAlias = Any
     BackendName: TypeAlias = str
 else:
-    SourceConfig = Annotated[Union[tuple(m.Config for m in SOURCES.values())], Field(discriminator="kind")]
-    TaskConfig = Annotated[Union[tuple(m.Config for m in TASKS.values())], Field(discriminator="kind")]
-    Step = Annotated[Union[tuple(m.Config for m in METHODS.values())], Field(discriminator="method")]
+    SourceConfig = section(SOURCES, own=OwnCode)
+    TaskConfig = section(TASKS, own=OwnCode)
+    Step = section(METHODS, key="method", own=OwnStep)
     BackendName = Literal[tuple(BACKENDS)]
     BackendConfig = Annotated[Union[tuple(m.Config for m in BACKENDS.values())], Field(discriminator="name")]
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from bmctl import __version__, store
 from bmctl.backends import BACKENDS
-from bmctl.core import onnxfile
+from bmctl.core import onnxfile, owncode
 from bmctl.core.runner import Runner
 from bmctl.engine.artifacts.parity import Parity
 from bmctl.engine.artifacts.recording import Call
@@ -109,6 +109,7 @@ def open_deployed(path: Path) -> Deployed:
     Raises:
         PackageError: Missing, corrupt, incomplete, of another format, or not an artifact.
     """
+    owncode.open_beside(store.read_regular(path / store.MANIFEST).decode(errors="replace"), path)
     manifest = store.read_manifest(path, DeployManifest)
     held = {part.artifact for part in manifest.parts.values()}
     if manifest.backend not in BACKENDS or not held or held - set(manifest.files):

@@ -12,6 +12,7 @@ from typing import Any
 
 from bmctl import store
 from bmctl.backends import BACKENDS, sibling
+from bmctl.core import owncode
 from bmctl.core.runner import Batched
 from bmctl.engine.artifacts import parity
 from bmctl.engine.artifacts.deployed import (
@@ -116,6 +117,7 @@ def _deploy(
             parts[name] = one.model_copy(update={"parity": proof})
         save_sample(folder / SAMPLE, _kept(reference))
         write_files(folder, package.given.files if package.given else {})
+        owncode.keep(manifest.model_dump_json(), folder)
         about = DeployManifest(
             backend=config.name,
             config=config.model_dump(mode="json"),
