@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from bmctl.core.plugins import plugins
+from bmctl.core.plugins import Room, plugins
 from bmctl.core.runner import Runner
 from bmctl.errors import UsageError
 from bmctl.schema import Signature, Span, Strict
@@ -65,7 +65,7 @@ class Backend(Protocol):
 
 
 BACKENDS: Mapping[str, ModuleType] = plugins(
-    __name__,
+    Room(__name__),
     "onnxruntime",
     "openvino",
     "tensorrt_rtx",

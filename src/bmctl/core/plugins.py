@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 from typing import Annotated, Any, Union
@@ -15,30 +16,32 @@ from bmctl.core import owncode
 from bmctl.errors import RecipeError
 
 
-class Table(Mapping[str, ModuleType]):
-    """Plug-ins by name. Iterating gives those of the folder; a user's own are found by the names that they go by.
+@dataclass(frozen=True)
+class Room:
+    """A folder of plug-ins, and what a user's own file has to be in the place of one.
 
-    Args:
-        modules: Files and folders of the package.
-        needs: Names that each of them has.
+    Attributes:
+        package: Of the folder.
+        needs: The Protocol of its plug-ins.
         key: The field of a Config that names the plug-in.
         outside: Fields of a Config that do not stand among a user's `args`.
         models: Names of its classes that are sections of a recipe or a manifest.
         adapt: What else is to be done to a user's own, with its name.
     """
 
-    def __init__(
-        self,
-        modules: Mapping[str, ModuleType],
-        *,
-        needs: Collection[str] = (),
-        key: str = "kind",
-        outside: Collection[str] = (),
-        models: Collection[str] = ("Config",),
-        adapt: Callable[[ModuleType, str], None] | None = None,
-    ) -> None:
-        self._modules, self._own = dict(modules), dict[str, ModuleType]()
-        self._needs, self._key, self._outside, self._models, self._adapt = needs, key, outside, models, adapt
+    package: str
+    needs: type | None = None
+    key: str = "kind"
+    outside: Collection[str] = ()
+    models: Collection[str] = ("Config",)
+    adapt: Callable[[ModuleType, str], None] | None = None
+
+
+class Table(Mapping[str, ModuleType]):
+    """Plug-ins by name. Iterating gives those of the folder; a user's own are found by the names that they go by."""
+
+    def __init__(self, room: Room, modules: Mapping[str, ModuleType]) -> None:
+        self._room, self._modules, self._own = room, dict(modules), dict[str, ModuleType]()
 
     def __getitem__(self, name: str) -> ModuleType:
         if name in self._modules or not owncode.is_own(name):
@@ -54,39 +57,27 @@ class Table(Mapping[str, ModuleType]):
         return len(self._modules)
 
     def _fitted(self, name: str) -> ModuleType:
-        module = owncode.module_of(name)
-        base = getattr(module, "BASE", None)
-        what = next(iter(self._modules.values())).__name__.split(".")[1]
+        room, module = self._room, owncode.module_of(name)
+        base, what = getattr(module, "BASE", None), room.package.rpartition(".")[2]
         if base is not None and base not in self._modules:
             raise RecipeError(
                 f"{module.__file__}: BASE is {base!r}, and there is no such one among {what}",
                 hint=f"one of {', '.join(self._modules)}",
             )
-        owncode.fit(module, needs=self._needs, base=self._modules[base] if base is not None else None, what=what)
-        for model in self._models:
-            shaped = owncode.named(getattr(module, model), key=self._key, name=name, outside=self._outside)
+        owncode.fit(
+            module, needs=members(room.needs), base=self._modules[base] if base is not None else None, what=what
+        )
+        for model in room.models:
+            shaped = owncode.named(getattr(module, model), key=room.key, name=name, outside=room.outside)
             setattr(module, model, shaped)
-        if self._adapt is not None:
-            self._adapt(module, name)
+        if room.adapt is not None:
+            room.adapt(module, name)
         return module
 
 
-def plugins(
-    package: str,
-    *names: str,
-    needs: type | None = None,
-    key: str = "kind",
-    outside: Collection[str] = (),
-    models: Collection[str] = ("Config",),
-    adapt: Callable[[ModuleType, str], None] | None = None,
-) -> Table:
-    """Files and folders of a package by their names, in this order: a new one is one line more where this is called.
-
-    Args:
-        needs: The Protocol of such a plug-in.
-    """
-    found = {name: import_module(f"{package}.{name}") for name in names}
-    return Table(found, needs=members(needs), key=key, outside=outside, models=models, adapt=adapt)
+def plugins(room: Room, *names: str) -> Table:
+    """Files and folders of a room by their names, in this order: a new one is one line more where this is called."""
+    return Table(room, {name: import_module(f"{room.package}.{name}") for name in names})
 
 
 def section(table: Table, *, model: str = "Config", key: str = "kind", own: type | None = None) -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from bmctl.core.columns import Column
 from bmctl.core.owncode import OwnCode
-from bmctl.core.plugins import plugins, section
+from bmctl.core.plugins import Room, plugins, section
 from bmctl.schema import Emit, Span, Strict, TensorSpec
 
 if TYPE_CHECKING:
@@ -169,12 +169,10 @@ class Input(Protocol):
 
 
 INPUTS: Mapping[str, ModuleType] = plugins(
-    __name__,
+    Room(__name__, needs=Input, models=("Config", "Spec")),
     "image",
     "text",
     "tabular",
-    needs=Input,
-    models=("Config", "Spec"),
 )
 
 # The table is the single source of what a recipe and a manifest may name; type checkers cannot read a table.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field
 
-from bmctl.core.plugins import plugins
+from bmctl.core.plugins import Room, plugins
 from bmctl.fit import ModuleStepConfig
 from bmctl.schema import StepConfig
 
@@ -81,15 +81,12 @@ class GraphMethod(Method, Protocol):
 
 
 METHODS: Mapping[str, ModuleType] = plugins(
-    __name__,
+    Room(__name__, needs=Method, key="method", outside=tuple(ModuleStepConfig.model_fields)),
     "structured",
     "magnitude",
     "svd",
     "ptq",
     "cast",
-    needs=Method,
-    key="method",
-    outside=tuple(ModuleStepConfig.model_fields),
 )
 """By name; the first of a verb is what its command takes where nothing else is said."""
 

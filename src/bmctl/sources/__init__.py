@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bmctl.core.columns import Column
-from bmctl.core.plugins import plugins
+from bmctl.core.plugins import Room, plugins
 from bmctl.schema import Strict
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Source(Protocol):
 
 
 SOURCES: Mapping[str, ModuleType] = plugins(
-    __name__,
+    Room(__name__, needs=Source),
     "bundled",
     "commands",
     "digits",
@@ -97,5 +97,4 @@ SOURCES: Mapping[str, ModuleType] = plugins(
     "stream",
     "table",
     "tabular",
-    needs=Source,
 )

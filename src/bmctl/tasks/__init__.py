@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from bmctl.core.columns import Column
 from bmctl.core.evaluation import Evaluation, Metric
-from bmctl.core.plugins import plugins
+from bmctl.core.plugins import Room, plugins
 from bmctl.core.runner import Runner
 from bmctl.schema import Signature, Strict, TensorSpec
 
@@ -148,11 +148,9 @@ def _judging(module: Any, name: str) -> None:
 
 
 TASKS: Mapping[str, ModuleType] = plugins(
-    __name__,
+    Room(__name__, needs=Task, adapt=_judging),
     "classify",
     "regress",
-    needs=Task,
-    adapt=_judging,
 )
 
 
