@@ -113,6 +113,7 @@ def test_aliases_are_copies_with_positions_of_their_own() -> None:
         ("a: 1\nb: \x00", r"binary"),
         ("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), rf"deeper than {MAX_DEPTH}"),
         ("{a: " * 10_000, r"deeper than"),
+        ("[" * 20_000, rf"deeper than {MAX_DEPTH}"),  # newer libyaml stops by itself, and says so in other words
         ("[" + "1," * 150_000 + "1]", r"more than 100000 values"),
     ],
 )
