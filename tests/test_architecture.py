@@ -262,6 +262,12 @@ def test_only_the_command_line_prints() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_what_needs_a_gpu_stands_where_make_gpu_looks() -> None:
+    tests = Path(__file__).parent
+    marked = {path.relative_to(tests).parts[0] for path in tests.rglob("*.py") if "mark." + "gpu" in path.read_text()}
+    assert marked == {"gpu"}
+
+
 def test_nothing_is_unpickled() -> None:
     """Of pickle only its error's name; torch.load only with weights_only=True; np.load never with allow_pickle."""
     wrong = []

@@ -41,8 +41,7 @@ def save_graph(
     return path
 
 
-@pytest.fixture(scope="session")
-def small_graph(tmp_path_factory: pytest.TempPathFactory) -> SmallGraph:
+def make_small_graph(path: Path) -> SmallGraph:
     rng = np.random.default_rng(0)
     bias = rng.standard_normal((1, 1, 4, 4), np.float32)
     weights = rng.standard_normal((16, 3), np.float32)
@@ -52,10 +51,13 @@ def small_graph(tmp_path_factory: pytest.TempPathFactory) -> SmallGraph:
         helper.make_node("Flatten", ["cut"], ["flat"], name="flatten"),
         helper.make_node("MatMul", ["flat", "weights"], ["logits"], name="matmul"),
     ]
-    path = save_graph(
-        tmp_path_factory.mktemp("small") / "small.onnx", nodes, constants={"bias": bias, "weights": weights}
-    )
+    save_graph(path, nodes, constants={"bias": bias, "weights": weights})
     return SmallGraph(path=path, bias=bias, weights=weights)
+
+
+@pytest.fixture(scope="session")
+def small_graph(tmp_path_factory: pytest.TempPathFactory) -> SmallGraph:
+    return make_small_graph(tmp_path_factory.mktemp("small") / "small.onnx")
 
 
 @pytest.fixture(scope="session")

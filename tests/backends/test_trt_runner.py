@@ -1,4 +1,4 @@
-"""The path that runs engines, on a stand-in that computes on the CPU; a real engine where there is a GPU.
+"""The path that runs engines, on a stand-in that computes on the CPU; a real engine has its test in tests/gpu.
 
 The stand-in knows an engine only by the addresses that it is given, as the library does. That the names it has are the
 library's own is what test_trt_names checks.
@@ -9,19 +9,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import enum
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.backends.conftest import SmallGraph
 
-from bmctl.backends import tensorrt_rtx, trt_engine, trt_runner
+from bmctl.backends import trt_runner
 from bmctl.backends.trt_runner import EngineRunner
-from bmctl.core.onnxgraph import read_signature
 from bmctl.errors import DataError, PackageError, ResourceError
-from bmctl.schema import Signature, Span, TensorSpec
+from bmctl.schema import Signature, TensorSpec
 
 
 class Severity(enum.IntEnum):
@@ -241,17 +238,3 @@ def test_closing_lets_go(library: FakeLibrary) -> None:
     assert (runner._context, runner._engine, runner._runtime) == (None, None, None)
     with pytest.raises(ValueError, match="closed"):
         runner.run({"x": np.zeros((1, 3), np.float32)})
-
-
-@pytest.mark.gpu
-def test_a_real_engine_on_a_gpu(small_graph: SmallGraph, axes: dict[str, Span], tmp_path: Path) -> None:
-    device = trt_engine.find_device()
-    if device is None or device.capability not in tensorrt_rtx.CAPABILITIES:
-        pytest.skip(f"TensorRT-RTX does not serve {device}")
-    config = tensorrt_rtx.Config(capabilities=(device.capability,))
-    out = tmp_path / "model.rtx.engine"
-    signature = read_signature(small_graph.path)
-    meta = tensorrt_rtx.build(small_graph.path, config=config, signature=signature, axes=axes, out=out)
-    x = np.random.default_rng(0).standard_normal((5, 1, 4, 4), np.float32)
-    with tensorrt_rtx.open(out, config=config, meta=meta) as runner:
-        np.testing.assert_allclose(runner.run({"input": x})["logits"], small_graph.reference(x), rtol=1e-3, atol=1e-4)

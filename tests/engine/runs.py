@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -80,12 +81,31 @@ class Seen:
         return "\n".join(str(event["text"]) for event in self.of("note"))
 
 
-def make_context(run: Path, recipe: Recipe, *, seen: Seen | None = None, **given: Any) -> StageContext:
+def make_context(
+    run: Path, recipe: Recipe, *, seen: Seen | None = None, device: str = "cpu", **given: Any
+) -> StageContext:
     run.mkdir(exist_ok=True)
     torch.set_num_threads(1)
-    group = Group(rank=0, local_rank=0, world=1, device=torch.device("cpu"), threads=1)
+    group = Group(rank=0, local_rank=0, world=1, device=torch.device(device), threads=1)
     emit = (seen or Seen()).events.append
     return StageContext(run=run, recipe=recipe, group=group, emit=emit, **{"stop": Stop(), **given})
+
+
+class StopAt(Stop):
+    """Is requested once it has been looked at `number` times."""
+
+    def __init__(self, number: int, signum: int = signal.SIGTERM) -> None:
+        self.looks, self.number, self.signum = 0, number, signum
+        super().__init__()
+
+    @property
+    def requested(self) -> int | None:
+        self.looks += 1
+        return self.signum if self.looks > self.number else None
+
+    @requested.setter
+    def requested(self, value: int | None) -> None:
+        pass
 
 
 def make_model(recipe: Recipe) -> torch.nn.Module:

@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine.runs import Seen, fit, make_context, make_model, make_recipe, steps
+from tests.engine.runs import Seen, StopAt, fit, make_context, make_model, make_recipe, steps
 
 from bmctl.engine.computing import kernels
 from bmctl.engine.training import train, validation
 from bmctl.engine.training.schedule import learning_rate
 from bmctl.errors import DataError, DivergedError, InterruptedRunError, PackageError, PreemptedError, UsageError
 from bmctl.fit import Distill
-from bmctl.processes.signals import Stop
 from bmctl.tasks import classify
 
 
@@ -188,23 +187,6 @@ def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
 
 
 # -- stopping and going on ----------------------------------------------------------------------------
-
-
-class StopAt(Stop):
-    """Is requested once it has been looked at `number` times."""
-
-    def __init__(self, number: int, signum: int = signal.SIGTERM) -> None:
-        self.looks, self.number, self.signum = 0, number, signum
-        super().__init__()
-
-    @property
-    def requested(self) -> int | None:
-        self.looks += 1
-        return self.signum if self.looks > self.number else None
-
-    @requested.setter
-    def requested(self, value: int | None) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")
