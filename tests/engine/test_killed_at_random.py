@@ -1,4 +1,7 @@
-"""kill -9 at random instants of training and saving, again and again: bit for bit the run that nothing stopped."""
+"""kill -9 at random instants of training and saving, again and again: bit for bit the run that nothing stopped.
+
+The instants that are known to matter have tests of their own, in test_kill.py.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from tests.engine.runs import make_run, run_to_end, same, start, weights
 from bmctl.errors import StuckError
 from bmctl.processes.attempts import Attempts
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(1500)]
 
 KILLS = int(os.environ.get("BMCTL_TEST_KILLS", "15"))
 LONGEST_S = 0.8

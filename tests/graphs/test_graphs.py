@@ -27,7 +27,7 @@ def test_a_representative_graph(graph: Graph, tmp_path: Path) -> None:
     check(graph, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("graph", REST, ids=lambda graph: graph.name)
 def test_every_other_graph(graph: Graph, tmp_path: Path) -> None:
     check(graph, tmp_path)

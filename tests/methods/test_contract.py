@@ -43,13 +43,15 @@ SPECS = {
 }
 
 
-def is_slow(spec: str, chain: tuple[str, ...]) -> bool:
-    """Every chain runs fast on one model with convolutions, residuals and batch statistics."""
-    return spec in ("resnet18", "vit_tiny") or (spec in ("mlp", "encoder") and len(chain) > 1)
+def marks_of(spec: str, chain: tuple[str, ...]) -> list[pytest.MarkDecorator]:
+    """Every chain runs fast on one model with convolutions, residuals and batch statistics, every method on all."""
+    if spec != "rescnn" and len(chain) > 1:
+        return [pytest.mark.soak]
+    return [pytest.mark.slow] if spec in ("resnet18", "vit_tiny") else []
 
 
 CASES = [
-    pytest.param(spec, chain, id=f"{spec}-{'-'.join(chain)}", marks=[pytest.mark.slow] if is_slow(spec, chain) else [])
+    pytest.param(spec, chain, id=f"{spec}-{'-'.join(chain)}", marks=marks_of(spec, chain))
     for spec in SPECS
     for chain in CHAINS
 ]
