@@ -1,6 +1,7 @@
 """One way to train one workload, in a process of its own: ``python -m tests.benchmarks.contender NAME WORKLOAD``.
 
-Further arguments are ``key=value``: threads, batch_size, and for bmctl what its recipe's `train` section says.
+Further arguments are ``key=value``: threads, batch_size, for bmctl what its recipe's `train` section says, and else
+those of the function that has the name in PEERS.
 
 x_BCHW: a batch of normalised images; y_B: their classes.
 """
@@ -11,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TextIO
@@ -65,11 +66,11 @@ def tutorial(workload: Workload, gate: Gate) -> None:
         optimizer.step()
 
 
-def hand_tuned(workload: Workload, gate: Gate) -> None:
+def hand_tuned(workload: Workload, gate: Gate, *, mode: str = "eager") -> None:
     handtuned.keep_freed_memory()
     model = workload.model().to(memory_format=torch.channels_last)
     batches = batches_of(workload, channels_last=True)
-    handtuned.train(model, Batches(gate, batches), handtuned.make_optimizer(model, workload.optimizer))
+    handtuned.train(model, Batches(gate, batches), handtuned.make_optimizer(model, workload.optimizer), mode=mode)
 
 
 def accelerate(workload: Workload, gate: Gate) -> None:
@@ -210,7 +211,13 @@ def _append(file: TextIO, event: Mapping[str, object]) -> None:
     file.flush()
 
 
-PEERS = {"tutorial": tutorial, "hand-tuned": hand_tuned, "accelerate": accelerate, "lightning": lightning}
+PEERS: Mapping[str, Callable[..., None]] = {
+    "tutorial": tutorial,
+    "hand-tuned": hand_tuned,
+    "accelerate": accelerate,
+    "lightning": lightning,
+    "matmul": matmul,
+}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -228,10 +235,7 @@ def main(argv: Sequence[str]) -> None:
         bmctl(workload, gate, run=run, speaks=speaks, overrides=overrides)
         return
     torch.set_num_threads(int(given.pop("threads")))
-    if name == "matmul":
-        matmul(workload, gate, **given)
-    else:
-        PEERS[name](workload, gate)
+    PEERS[name](workload, gate, **given)
 
 
 if __name__ == "__main__":

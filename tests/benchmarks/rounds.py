@@ -16,15 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 
 from bmctl.core.stats import Interval, ratio_interval
+from bmctl.engine.computing.precision import choose_precision
 from bmctl.engine.parallel import num_cores
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = int(os.environ.get("BMCTL_BENCH_ROUNDS", "30"))
-PATIENCE_S = 300.0
+VALIDATION_ROUNDS = min(ROUNDS, 9)
+"""In which settings are chosen: those that are reported come after them, and know nothing of the choice."""
+PATIENCE_S = 600.0
+"""With a contender that says nothing: torch.compile takes minutes."""
 SETTLE_S = 0.02
 """Threads that have finished spin for a moment before they sleep."""
+needs_bf16 = pytest.mark.skipif(
+    choose_precision("auto", torch.device("cpu")).name != "bf16", reason="this CPU has no bf16 instructions"
+)
 
 
 def environments(world: int) -> list[dict[str, str]]:
@@ -46,7 +55,7 @@ class Contender:
         about: What it said of itself.
 
     Args:
-        name: Of contender.PEERS, or ``bmctl`` or ``matmul``.
+        name: Of contender.PEERS, or ``bmctl``.
         workload: Of workloads.WORKLOADS.
         folder: For what the processes print, and for bmctl's run.
         label: Of their files there, if a name is not enough.
@@ -95,7 +104,7 @@ class Contender:
             self._read(process)
 
     def run(self, steps: int, *, clock: str = "seconds") -> float:
-        """Seconds of one step, over `steps` of them, or `cpu_seconds`; of a group those of its slowest process."""
+        """Seconds of one step, over `steps` of them, by a clock of `Gate`; of a group those of its slowest process."""
         time.sleep(SETTLE_S)
         for process in self._processes:
             assert process.stdin is not None
@@ -150,7 +159,7 @@ def interleave(
     Args:
         steps: Of a turn; one number, or one for each.
         warm_up: Steps of each before the first round.
-        clock: `seconds` of the wall, or `cpu_seconds` of all of a process's threads, which others do not slow down.
+        clock: Of `Gate`: `seconds` of the wall, or of the processor, which others do not slow down.
     """
     turn = dict.fromkeys(them, steps) if isinstance(steps, int) else dict(steps)
     for contender in them.values():
@@ -162,6 +171,19 @@ def interleave(
         for label in order:
             took[label].append(them[label].run(turn[label], clock=clock))
     return {label: np.array(seconds) for label, seconds in took.items()}
+
+
+def fastest(
+    tried: Mapping[str, Mapping[str, Any]], *, folder: Path, steps: int, warm_up: int
+) -> tuple[str, dict[str, np.ndarray]]:
+    """The label of the settings whose steps take the shortest, and the seconds per step of all.
+
+    Args:
+        tried: Label -> arguments of `Contender`.
+    """
+    with contenders(tried, folder=folder) as them:
+        seconds = interleave(them, steps=steps, warm_up=warm_up, rounds=VALIDATION_ROUNDS)
+    return min(seconds, key=lambda label: float(np.median(seconds[label]))), seconds
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, Interval]:

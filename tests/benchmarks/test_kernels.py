@@ -16,6 +16,8 @@ from bmctl.engine.computing.convolution import Products, Shape, choose
 from bmctl.engine.computing.tiles import has_tiles
 
 NUM_ROUNDS = 9
+NEAR_BEST = 1.1
+"""All parts as chosen, over the faster of the two for each: where they are about equal, nine rounds wander by that."""
 RESNET18 = [
     (64, 32, 64, 3, 1), (64, 32, 128, 3, 2), (64, 32, 128, 1, 2), (128, 16, 128, 3, 1), (128, 16, 256, 3, 2),
     (128, 16, 256, 1, 2), (256, 8, 256, 3, 1), (256, 8, 512, 3, 2), (256, 8, 512, 1, 2), (512, 4, 512, 3, 1),
@@ -114,7 +116,7 @@ def test_the_rule_chooses_what_is_faster() -> None:
         channels, size, out_channels, kernel, stride = row
         print(f"{name:18}{batch:5} {channels:4}->{out_channels:4} {size:4} {kernel} {stride}  {' |'.join(cells)}")
     print(f"all parts: {chosen:.0f} ms as chosen, {best:.0f} ms at best")
-    assert chosen <= 1.1 * best
+    assert chosen <= NEAR_BEST * best
 
 
 @pytest.mark.bench

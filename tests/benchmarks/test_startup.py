@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+MOST = 1.3
+"""Fifteen commands with their options are more to build and print than two."""
 BARE = """
 import typer
 app = typer.Typer()
@@ -38,5 +40,5 @@ def test_help_costs_no_more_than_a_bare_app(tmp_path: Path) -> None:
     seconds(bare), seconds(ours)
     pairs = [(seconds(bare), seconds(ours)) for _ in range(21)]
     ratio = statistics.median(mine / theirs for theirs, mine in pairs)
-    print(f"\nbmctl --help / bare Typer app --help: {ratio:.2f}x over {len(pairs)} rounds (at most 1.3x)")
-    assert ratio <= 1.3
+    print(f"\nbmctl --help / bare Typer app --help: {ratio:.2f}x over {len(pairs)} rounds (at most {MOST}x)")
+    assert ratio <= MOST

@@ -12,6 +12,9 @@ from bmctl.cli import main
 from bmctl.engine.loading.data import Data
 from bmctl.recipe import load_recipe
 
+BELOW_LINEAR = 0.02
+"""Of accuracy. TF-IDF is hard to beat with a network from a random start and 5,000 texts; more is a broken recipe."""
+
 
 def linear(data: Data) -> tuple[float, float]:
     """Accuracy and macro-F1 on test, of the C that is best on validation."""
@@ -42,4 +45,4 @@ def test_news_by_topic(tmp_path: Path, shared_data: Path, monkeypatch: pytest.Mo
     for row in json.loads(Path("run/report.json").read_text())["rows"]:
         if scores := row["test_metrics"]:
             print(f"{row['name']}: " + ", ".join(f"{name} {score['value']:.3f}" for name, score in scores.items()))
-            assert scores["accuracy"]["value"] > accuracy - 0.02
+            assert scores["accuracy"]["value"] > accuracy - BELOW_LINEAR
