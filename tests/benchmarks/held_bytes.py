@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from bmctl.engine.computing.precision import choose_precision
 from bmctl.engine.parallel import join, leave
+from bmctl.engine.sharding.plan import plan
 from bmctl.engine.sharding.shared import share
 from bmctl.engine.training.optim import build_optimizer
 from bmctl.recipe import LaunchConfig
@@ -30,7 +31,9 @@ def main(strategy: str) -> None:
     group = join(launch)
     precision = choose_precision("bf16", group.device)
     given = [TensorSpec(name="input", dtype="float32", shape=(BATCH, 3, workload.size, workload.size))]
-    shared = share(workload.model(), group=group, launch=launch, precision=precision, given=given, gives=["logits"])
+    model, gives = workload.model(), ["logits"]
+    decided = plan(model, group=group, launch=launch, precision=precision, given=given, gives=gives)
+    shared = share(model, decided, group=group, precision=precision, takes=["input"], gives=gives)
     optimizer = build_optimizer(shared.model, workload.optimizer)
     x_BCHW, y_B = torch.randn(2, 3, workload.size, workload.size), torch.arange(2) % NUM_CLASSES
     with shared.exchange(True), precision.autocast(group.device):

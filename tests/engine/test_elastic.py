@@ -144,10 +144,13 @@ def check_same_samples(shared: Job, alone: Job) -> None:
     assert distance(weights(shared.run), weights(alone.run)) < 1e-4
 
 
-@pytest.mark.parametrize("farewell", [signal.SIGTERM, signal.SIGKILL])
-def test_a_machine_joins_and_leaves(tmp_path: Path, alone: Job, farewell: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("farewell", "strategy"), [(signal.SIGTERM, "ddp"), (signal.SIGKILL, "ddp"), (signal.SIGTERM, "fsdp")]
+)
+def test_a_machine_joins_and_leaves(tmp_path: Path, alone: Job, farewell: signal.Signals, strategy: str) -> None:
     port = free_port()
     nodes = {"launch.nodes": "{min: 1, max: 2}", "launch.rendezvous": f"127.0.0.1:{port}"}
+    nodes["launch.strategy"] = strategy
     with job(tmp_path, "shared", **nodes) as shared:
         first = shared.start("bmctl", "distribute")
         shared.wait(lambda: shared.step() >= 5)

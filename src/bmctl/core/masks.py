@@ -80,6 +80,18 @@ def _hold_weight(module: Any) -> None:
     def mask_gradient(grad: torch.Tensor) -> torch.Tensor:
         return grad.masked_fill(~get_mask(module), 0)
 
-    if weight.requires_grad:
+    def mask_part(part: Any) -> None:
+        from torch.distributed.tensor import distribute_tensor
+
+        # Every process has the whole mask: nothing is sent.
+        mask = distribute_tensor(get_mask(module), part.device_mesh, part.placements, src_data_rank=None).to_local()
+        gradient = part.grad.to_local()
+        gradient.masked_fill_(~mask.to(gradient.device), 0)
+
+    if not weight.requires_grad:
+        return
+    if hasattr(weight, "device_mesh"):  # a DTensor: fsdp gives it its gradient past autograd and its hooks
+        weight.register_post_accumulate_grad_hook(mask_part)
+    else:
         weight.register_hook(mask_gradient)
-        weight.bmctl_held = True
+    weight.bmctl_held = True

@@ -21,6 +21,7 @@ from bmctl.engine.computing.precision import Precision
 from bmctl.engine.computing.recompute import recompute_blocks
 from bmctl.engine.loading.order import share_of
 from bmctl.engine.parallel import Group
+from bmctl.engine.sharding.plan import plan
 from bmctl.engine.sharding.shared import SharedModel, share
 from bmctl.engine.training.ema import Average
 from bmctl.engine.training.optim import build_optimizer
@@ -59,7 +60,10 @@ def make(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 def shared(model: nn.Module, group: Group, strategy: str = "ddp", precision: str = "fp32", **given: Any) -> SharedModel:
     launch = LaunchConfig(strategy=strategy)  # type: ignore[arg-type]
     chosen = Precision(precision, "")  # type: ignore[arg-type]
-    return share(model, group=group, launch=launch, precision=chosen, **{"given": IMAGE, "gives": ["logits"], **given})
+    told = {"given": IMAGE, "gives": ["logits"], **given}
+    found = plan(model, group=group, launch=launch, precision=chosen, **told)
+    takes = [spec.name for spec in told["given"]]
+    return share(model, found, group=group, precision=chosen, takes=takes, gives=told["gives"])
 
 
 def batch(step: int, num: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -479,5 +483,5 @@ def test_a_part_of_the_model_is_a_part_of_the_memory() -> None:
 def test_nothing_to_offload() -> None:
     launch = LaunchConfig(strategy="fsdp", cpu_offload=True)
     with pytest.raises(RecipeError, match="on the CPU it is there already") as caught:
-        share(make(mlp), group=ALONE, launch=launch, precision=Precision("fp32", ""), given=IMAGE, gives=["logits"])
+        plan(make(mlp), group=ALONE, launch=launch, precision=Precision("fp32", ""), given=IMAGE, gives=["logits"])
     assert "cpu_offload=false" in caught.value.hint

@@ -19,6 +19,7 @@ from bmctl.models.own.networks import MLP, ResCNN
 CPU = torch.device("cpu")
 ALONE = Group(rank=0, local_rank=0, world=1, device=CPU, threads=1)
 MIB = 2**20
+CAPPED = "leave an epoch too few steps"
 
 
 class Machine:
@@ -39,7 +40,7 @@ class Machine:
         self.tried.append(batch)
 
     def find(self, *, limit: int = 2**20, model: nn.Module | None = None) -> tuple[int, list[str]]:
-        return find_batch_size(self.trial, model=model or nn.Identity(), group=ALONE, limit=limit)
+        return find_batch_size(self.trial, model=model or nn.Identity(), group=ALONE, limit=limit, limited_by=CAPPED)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,15 @@ def test_no_more_than_the_data_has(monkeypatch) -> None:
     found, notes = machine.find(limit=100)
     assert (found, machine.tried) == (64, [1, 2, 4, 8, 16, 32, 64])
     assert notes[0] == "batch size, 1 at a time: takes 1 of 800 MiB"
-    assert notes[-1] == "batch size, 64 at a time: takes 64 of 800 MiB; twice as many are more than the data has"
+    assert notes[-1] == f"batch size, 64 at a time: takes 64 of 800 MiB; twice as many would {CAPPED}"
+
+
+def test_what_stops_it_is_said(monkeypatch) -> None:
+    """Memory, the data, or both."""
+    machine = Machine(monkeypatch, room=1000, constant=0, per_sample=10)
+    assert machine.find()[1][-1].endswith("twice as many would take about 1280 MiB")
+    assert machine.find(limit=64)[1][-1].endswith(f"twice as many would take about 1280 MiB and {CAPPED}")
+    assert machine.find(limit=63)[1][-1].endswith(f"takes 320 of 800 MiB; twice as many would {CAPPED}")
 
 
 def test_batch_normalisation_begins_with_two(monkeypatch) -> None:
@@ -115,7 +124,7 @@ def test_running_out_of_memory_ends_the_search(monkeypatch, error) -> None:
         if batch > 8:
             raise error
 
-    found, notes = find_batch_size(trial, model=nn.Identity(), group=ALONE, limit=10**6)
+    found, notes = find_batch_size(trial, model=nn.Identity(), group=ALONE, limit=10**6, limited_by=CAPPED)
     assert (found, machine.tried) == (8, [1, 2, 4, 8, 16])
     assert notes[-1] == "batch size, 16 at a time: does not fit in memory"
 
@@ -125,7 +134,7 @@ def test_another_error_is_an_error(monkeypatch) -> None:
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        find_batch_size(trial, model=nn.Identity(), group=ALONE, limit=8)
+        find_batch_size(trial, model=nn.Identity(), group=ALONE, limit=8, limited_by=CAPPED)
 
 
 def test_a_gpu_says_itself_when_it_is_full(monkeypatch) -> None:
@@ -145,9 +154,32 @@ def test_a_gpu_says_itself_when_it_is_full(monkeypatch) -> None:
             raise torch.OutOfMemoryError
 
     gpu = Group(rank=0, local_rank=0, world=1, device=torch.device("cuda", 0), threads=1)
-    assert find_batch_size(trial, model=nn.Identity(), group=gpu, limit=10**6)[0] == 64
+    assert find_batch_size(trial, model=nn.Identity(), group=gpu, limit=10**6, limited_by=CAPPED)[0] == 64
     assert tried[-1] == 128
     assert len(emptied) == len(tried)
+
+
+def test_in_lock_step_a_gpu_is_never_filled(monkeypatch) -> None:
+    """A process that ran out of memory within an attempt would leave the others waiting in a collective."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (1000 * MIB, 2000 * MIB))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device=None: 100 * MIB)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: (100 + 10 * tried[-1]) * MIB)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(batchsize, "no_trace", lambda model, device: nullcontext())
+    tried: list[int] = []
+    gpu = Group(rank=0, local_rank=0, world=1, device=torch.device("cuda", 0), threads=1)
+    given = {"model": nn.Identity(), "group": gpu, "limit": 10**6, "limited_by": CAPPED, "in_lock_step": True}
+    assert find_batch_size(tried.append, **given)[0] == max(tried) == 64
+
+    def full(batch: int) -> None:
+        tried.append(batch)
+        if batch == 4:
+            raise torch.OutOfMemoryError
+
+    with pytest.raises(ResourceError, match="4 at a time do not fit") as caught:
+        find_batch_size(full, **given)
+    assert caught.value.hint == "--set train.batch_size=2"
 
 
 def test_a_real_trial_changes_nothing() -> None:
@@ -159,7 +191,7 @@ def test_a_real_trial_changes_nothing() -> None:
     def trial(batch: int) -> None:
         model(torch.randn(batch, 1, 16, 16)).sum().backward()
 
-    found, notes = find_batch_size(trial, model=model, group=ALONE, limit=16)
+    found, notes = find_batch_size(trial, model=model, group=ALONE, limit=16, limited_by=CAPPED)
     assert found == 16
     assert len(notes) == 4
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -181,6 +213,6 @@ def test_a_real_peak_is_seen() -> None:
         pins.append(torch.ones(batch, 20 * MIB // 4))  # above it, as no hole has room: what lies below cannot grow
         taken.clear()
 
-    _, notes = find_batch_size(trial, model=model, group=ALONE, limit=8)
+    _, notes = find_batch_size(trial, model=model, group=ALONE, limit=8, limited_by=CAPPED)
     peaks = [int(note.split("takes ")[1].split()[0]) for note in notes]
     assert 550 < peaks[-1] < 650, f"256 MiB, and 300 that stay: {notes}"

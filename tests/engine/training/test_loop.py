@@ -14,13 +14,15 @@ from tests.engine.runs import Seen, fit, make_context, make_model, make_recipe, 
 from bmctl.engine.checkpoints.checkpoint import open_checkpoint
 from bmctl.engine.computing import kernels
 from bmctl.engine.computing.precision import Precision
-from bmctl.engine.training import setup
+from bmctl.engine.training import setup, validation
 from bmctl.errors import DivergedError
 
 
-def trained(tmp_path: Path, *overrides: str, name: str = "run", seen: Seen | None = None, **given):
+def trained(
+    tmp_path: Path, *overrides: str, name: str = "run", seen: Seen | None = None, resume: bool = False, **given
+):
     recipe = make_recipe(tmp_path, *overrides)
-    return fit(make_context(tmp_path / name, recipe, seen=seen), make_model(recipe), **given)
+    return fit(make_context(tmp_path / name, recipe, seen=seen, resume=resume), make_model(recipe), **given)
 
 
 def weights_of(result) -> dict[str, torch.Tensor]:
@@ -102,6 +104,30 @@ def test_the_average_is_of_all_steps(tmp_path: Path) -> None:
         mean = {name: decay * mean[name] + (1 - decay) * live[name] for name in mean}
     averaged = trained(tmp_path, *settings, "train.max_steps=3", "train.ema={decay: 0.99}", name="averaged")
     assert far(weights_of(averaged), mean) < 1e-6 < 1e-4 < far(mean, live)
+
+
+def test_the_best_average_is_what_is_judged_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The average moves on after its best evaluation: what the result is worth must be of the one that is kept."""
+    evaluate = validation.evaluate
+
+    def falling(training, *, step):
+        found = evaluate(training, step=step)
+        monkeypatch.setattr(type(found), "value", -float(step))
+        return found
+
+    monkeypatch.setattr(validation, "evaluate", falling)
+    settings = (
+        "train.max_steps=15",
+        "train.ema={decay: 0.9}",
+        "train.eval_every_steps=5",
+        "train.checkpoint_every_steps=5",
+    )
+    whole = trained(tmp_path, *settings, name="run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "train" / "step-00000015")
+    resumed = trained(tmp_path, *settings, name="run", resume=True)
+    assert whole.best_step == resumed.best_step == 5 < resumed.steps
+    assert far(weights_of(resumed), weights_of(whole)) == 0
+    assert resumed.val.values == whole.val.values
 
 
 def test_a_run_that_fell_back_to_fp32_stays_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

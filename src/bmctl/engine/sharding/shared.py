@@ -6,7 +6,6 @@ Source: DDP, Li et al. 2020, https://arxiv.org/abs/2006.15704; FSDP, Zhao et al.
 from __future__ import annotations
 
 import copy
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,15 +22,12 @@ from bmctl.engine.computing.precision import Precision
 from bmctl.engine.computing.recompute import keep_activations
 from bmctl.engine.loading.order import share_of
 from bmctl.engine.modules.blocks import find_blocks
-from bmctl.engine.parallel import Group, gather, mesh_of
+from bmctl.engine.parallel import Group, mesh_of
 from bmctl.engine.sharding.communication import BucketClock, Clock, TimedAllGather, TimedReduceScatter
 from bmctl.engine.sharding.moving import MovingBuffers
-from bmctl.engine.sharding.outline import memory_at_hand, on_meta, outline_of
-from bmctl.engine.sharding.strategy import Strategy, choose, untraced
-from bmctl.errors import RecipeError
-from bmctl.fit import Fit
-from bmctl.recipe import LaunchConfig
-from bmctl.schema import TensorSpec
+from bmctl.engine.sharding.outline import on_meta
+from bmctl.engine.sharding.plan import Plan
+from bmctl.engine.sharding.strategy import Strategy
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -182,65 +178,45 @@ class SharedModel:
 
 def share(
     model: nn.Module,
+    plan: Plan,
     *,
     group: Group,
-    launch: LaunchConfig,
     precision: Precision,
-    given: Sequence[TensorSpec],
+    takes: Sequence[str],
     gives: Sequence[str],
-    sizes: Mapping[str, int] | None = None,
-    fit: Fit = Fit(),  # noqa: B008  (frozen)
-    batch_size: int = 1,
+    offload: bool = False,
 ) -> SharedModel:
     """Hand a model to a group: from now on every rank has rank 0's weights, and steps exchange gradients.
 
     Args:
         model: The same architecture on every rank, in fp32; it is changed in place and goes to the group's device. For
-            fsdp on GPUs it may come in the machine's memory, so that no GPU ever holds all of it.
-        given: What it takes, in order.
+            fsdp it comes in the machine's memory and goes there block by block, so that no GPU ever holds all of it.
+        takes: Names of what it takes of a batch, in order.
         gives: Names of its outputs.
-        sizes: Of the free axes of `given`, as a batch has them.
-        batch_size: Samples of a step over all processes.
-
-    Raises:
-        RecipeError: `launch.cpu_offload` where there is nothing to offload.
+        offload: With fsdp on GPUs: what is not computed with stays in the machine's memory.
     """
     clock = Clock(group.device)
-    if launch.cpu_offload and (group.device.type != "cuda" or group.world == 1):
-        where = "on the CPU it is there already" if group.device.type != "cuda" else "one process shares nothing"
-        raise RecipeError(
-            f"launch.cpu_offload keeps fsdp's part of a model off the GPU, but {where}",
-            hint="--set launch.cpu_offload=false",
-        )
-    made = partial(SharedModel, model, takes=[spec.name for spec in given], gives=gives, group=group, clock=clock)
-    if group.world == 1:
-        model.to(group.device)
-        return made(forward=model, strategy="single", reason="there is one process")
-    outline = outline_of(model, given=given, gives=gives, sizes=sizes)
-    strategy, reason = choose(
-        outline,
-        fit=fit.model_copy(update={"precision": precision.name}),
-        launch=launch,
-        world=group.world,
-        batch_size=batch_size,
-        memory_bytes=memory_at_hand(group.device, num_local=int(os.environ.get("LOCAL_WORLD_SIZE", group.world))),
+    made = partial(
+        SharedModel,
+        model,
+        takes=takes,
+        gives=gives,
+        group=group,
+        strategy=plan.strategy,
+        reason=plan.reason,
+        clock=clock,
     )
-    # Machines may differ; the first one's memory decides for all.
-    strategy, reason = gather(group, {"strategy": strategy, "reason": reason})[0].values()
-    if strategy == "fsdp":
+    if plan.strategy == "fsdp":
         empty = on_meta(model)
         keep_activations(empty)
-        _shard(model, group=group, precision=precision, clock=clock, offload=launch.cpu_offload)
-        return made(forward=model, strategy="fsdp", reason=reason, empty=empty)
-    if outline.unused is None:
-        reason += f"; parameters without a gradient are looked for in every step: {untraced(outline)}"
-    forward = _replicated(model, group=group, clock=clock, looks=outline.unused is None or bool(outline.unused))
-    return made(forward=forward, strategy="ddp", reason=reason)
+        _shard(model, group=group, precision=precision, clock=clock, offload=offload)
+        return made(forward=model, empty=empty)
+    model.to(group.device)
+    return made(forward=model if group.world == 1 else _replicated(model, group=group, clock=clock, looks=plan.looks))
 
 
 def _replicated(model: nn.Module, *, group: Group, clock: Clock, looks: bool) -> nn.Module:
     """Under ddp; `looks` for parameters that get no gradient, in every step."""
-    model.to(group.device)
     forward = nn.parallel.DistributedDataParallel(
         model,
         device_ids=[group.device] if group.device.type == "cuda" else None,
@@ -259,11 +235,7 @@ def _replicated(model: nn.Module, *, group: Group, clock: Clock, looks: bool) ->
 def _shard(model: nn.Module, *, group: Group, precision: Precision, clock: Clock, offload: bool) -> None:
     """Leave each rank with its rows of every parameter; blocks are gathered one at a time, the rest at the start."""
     mesh = mesh_of(group)
-    with torch.no_grad():
-        for tensor in [*model.parameters(), *model.buffers()]:
-            # fully_shard cuts rows out of what lies in memory row by row.
-            tensor.data = tensor.data.contiguous()
-            dist.broadcast(tensor.data, 0)
+    _follow_first(model)
     inner, outer = _policies(model, precision)
     offloading = CPUOffloadPolicy() if offload else OffloadPolicy()
     for block in _own_blocks(model):
@@ -273,6 +245,15 @@ def _shard(model: nn.Module, *, group: Group, precision: Precision, clock: Clock
         if isinstance(module, FSDPModule):
             module.set_custom_all_gather(TimedAllGather(clock))  # type: ignore[arg-type]
             module.set_custom_reduce_scatter(TimedReduceScatter(clock))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def _follow_first(model: nn.Module) -> None:
+    """Give every rank rank 0's weights. (A function of its own, so that no name keeps the last of them alive.)"""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        # fully_shard cuts rows out of what lies in memory row by row.
+        tensor.data = tensor.data.contiguous()
+        dist.broadcast(tensor.data, 0)
 
 
 def _policies(model: nn.Module, precision: Precision) -> tuple[MixedPrecisionPolicy, MixedPrecisionPolicy]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from bmctl.core import memory
 from bmctl.engine.effects import no_trace
@@ -18,6 +19,7 @@ USABLE_RATIO = {"cpu": 0.8, "cuda": 0.9}
 """Of the memory that is free; the rest is for what a trial does not do, as exchanging gradients and loading data."""
 _STATES = 2  # tensors of a weight's size that an optimizer keeps: Adam's
 _MIB = 2**20
+_SMALLER = "--set train.activation_checkpointing=true, or take a smaller model or smaller inputs"
 
 
 @dataclass(frozen=True)
@@ -29,27 +31,36 @@ class _Tried:
 
 
 def find_batch_size(
-    attempt: Callable[[int], object], *, model: nn.Module, group: Group, limit: int
+    attempt: Callable[[int], object],
+    *,
+    model: nn.Module,
+    group: Group,
+    limit: int,
+    limited_by: str,
+    in_lock_step: bool = False,
 ) -> tuple[int, list[str]]:
     """The largest power of two that fits in one part of one process's share of a batch, the same for all ranks.
 
-    Sizes are doubled from 1 (from 2 with batch normalisation) until one fails, takes too much, or would be more than
-    the data has. A GPU says when it is full. On a CPU the kernel ends the process instead, so there the next size is
-    tried only if, by the growth so far, it would take no more than 80 % of what is free.
+    Sizes are doubled from 1 (from 2 with batch normalisation) until one fails, takes too much, or passes the limit. A
+    GPU says when it is full. On a CPU the kernel ends the process instead, so there the next size is tried only if, by
+    the growth so far, it would take no more than 80 % of what is free. So it is in lock step, also on GPUs: a process
+    that ran out of memory half-way would leave the others waiting.
 
     Weights, their gradients, buffers and all generators are as before; room for the optimizer's state is kept.
 
     Args:
         attempt: Runs forward and backward of so many samples.
-        model: What it trains: the plain one, on its device.
+        model: What it trains, on its device: the plain one, or this process's parts.
         group: Who must agree; processes of one machine try at the same time and share its memory.
-        limit: Largest size that makes sense, such as the samples of an epoch over all parts of a batch.
+        limit: Largest size that makes sense, whatever fits.
+        limited_by: What more would do: ``leave an epoch of 320 samples fewer than 10 steps``.
+        in_lock_step: Processes wait for each other within an attempt.
 
     Returns:
         The size, and a line for the log about every trial.
 
     Raises:
-        ResourceError: Not even the smallest size fits.
+        ResourceError: Not even the smallest size fits; in lock step, one that was to fit does not.
     """
     device = group.device
     has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
@@ -60,19 +71,26 @@ def find_batch_size(
     best = 0
     while True:
         tried.append(_measured(attempt, size, model=model, device=device, base=base))
+        if in_lock_step and tried[-1].peak_bytes is None:
+            raise ResourceError(
+                f"train.batch_size is auto, and {size} at a time do not fit in memory",
+                hint=f"--set train.batch_size={best * group.world}" if best else _SMALLER,
+            )
         peak, predicted = tried[-1].peak_bytes, _predicted(tried, model)
         fits = peak is not None and peak <= room
-        goes_on = fits and 2 * size <= limit and (device.type == "cuda" or predicted <= room)
+        says_itself = device.type == "cuda" and not in_lock_step
+        goes_on = fits and 2 * size <= limit and (says_itself or predicted <= room)
         failed, stops = Vote(group, [int(not fits), int(not goes_on)]).result()
         best = best if failed else size
-        notes.append(_line(tried[-1], room, limit, predicted, failed=bool(failed), goes_on=not stops))
+        capped = limited_by if 2 * size > limit else ""
+        notes.append(_line(tried[-1], room, predicted, capped=capped, failed=bool(failed), stops=bool(stops)))
         if stops:
             break
         size *= 2
     if not best:
         raise ResourceError(
             f"train.batch_size is auto, and not even {size} at a time fit: {notes[-1]}",
-            hint="--set train.activation_checkpointing=true, or take a smaller model or smaller inputs",
+            hint="--set launch.strategy=fsdp" if group.world > 1 and not in_lock_step else _SMALLER,
         )
     return best, notes
 
@@ -128,10 +146,12 @@ def _predicted(tried: list[_Tried], model: nn.Module) -> int:
 
 
 def _trained_bytes(model: nn.Module) -> int:
-    return sum(each.numel() * each.element_size() for each in model.parameters() if each.requires_grad)
+    """Of what this process holds."""
+    mine = (each.to_local() if isinstance(each, DTensor) else each for each in model.parameters() if each.requires_grad)
+    return sum(each.numel() * each.element_size() for each in mine)
 
 
-def _line(tried: _Tried, room: int, limit: int, predicted: int, *, failed: bool, goes_on: bool) -> str:
+def _line(tried: _Tried, room: int, predicted: int, *, capped: str, failed: bool, stops: bool) -> str:
     size, peak = tried.batch, tried.peak_bytes
     start, at_hand = f"batch size, {size} at a time:", f"of {room / _MIB:.0f} MiB"
     if peak is None:
@@ -139,8 +159,8 @@ def _line(tried: _Tried, room: int, limit: int, predicted: int, *, failed: bool,
     took = f"{start} takes {peak / _MIB:.0f} {at_hand}"
     if failed:
         return f"{took}, too much" if peak > room else f"{took}, but does not fit in another process"
-    if goes_on:
+    if not stops:
         return took
-    if 2 * size > limit:
-        return f"{took}; twice as many are more than the data has"
-    return f"{took}; twice as many would take about {predicted / _MIB:.0f} MiB"
+    too_much = [f"take about {predicted / _MIB:.0f} MiB"] if predicted > room else []
+    would = [*too_much, capped] if capped else too_much or ["be too many for another process"]
+    return f"{took}; twice as many would {' and '.join(would)}"

@@ -93,8 +93,8 @@ def go_on(training: Training, found: Checkpoint) -> Position:
     settle(group, error)
     assert position is not None
     training.log.note(f"going on from step {position.step} of {training.num_steps}")
-    then = (manifest.world, manifest.threads, manifest.device, manifest.kernels)
-    now = (group.world, group.threads, group.device.type, training.kernels.names)
+    then = (manifest.world, manifest.strategy, manifest.threads, manifest.device, manifest.kernels)
+    now = (group.world, training.shared.strategy, group.threads, group.device.type, training.kernels.names)
     if then != now:
         training.log.note(
             f"begun by {_crew(*then)}, going on by {_crew(*now)}: "
@@ -103,8 +103,8 @@ def go_on(training: Training, found: Checkpoint) -> Position:
     return position
 
 
-def _crew(world: int, threads: int, device: str, kernels: tuple[str, ...]) -> str:
-    plural = ["" if number == 1 else ending for number, ending in ((world, "es"), (threads, "s"))]
+def _crew(world: int, strategy: str, threads: int, device: str, kernels: tuple[str, ...]) -> str:
+    plural = ["" if number == 1 else ending for number, ending in ((world, f"es ({strategy})"), (threads, "s"))]
     whose = f"bmctl's kernels ({', '.join(kernels)})" if kernels else "torch's kernels"
     return f"{world} process{plural[0]} with {threads} thread{plural[1]} on {device} and {whose}"
 

@@ -9,11 +9,10 @@ from dataclasses import replace
 from itertools import islice
 
 import torch
-from torch import nn
 
 from bmctl.core.evaluation import main_metric
 from bmctl.engine import effects
-from bmctl.engine.batch import Batch, channels_last, chunks, free_sizes, num_rows, rows
+from bmctl.engine.batch import Batch, call, channels_last, chunks, free_sizes, num_rows, rows
 from bmctl.engine.checkpoints import checkpoint
 from bmctl.engine.checkpoints.checkpoint import Checkpoint
 from bmctl.engine.checkpoints.saver import Saver
@@ -24,7 +23,8 @@ from bmctl.engine.computing.precision import Precision, choose_precision
 from bmctl.engine.computing.recompute import keep_activations, recompute_blocks
 from bmctl.engine.computing.trial import Loss, trial
 from bmctl.engine.loading.loader import choose_workers
-from bmctl.engine.parallel import Group, check_batch, gather, num_cores, settle
+from bmctl.engine.parallel import check_batch, gather, num_cores, settle
+from bmctl.engine.sharding.plan import Plan, plan
 from bmctl.engine.sharding.shared import SharedModel, share
 from bmctl.engine.training.batchsize import find_batch_size
 from bmctl.engine.training.ema import Average
@@ -45,29 +45,36 @@ MIN_STEPS = 10
 def set_up(training: Training, found: Checkpoint | None, undo: ExitStack) -> None:
     """Settle everything that the loop needs; the model is on the device and shared among the processes.
 
+    What goes to parts (fsdp) is cut up before anything is tried: no process is to hold the whole of it. What stays
+    whole is tried and compared as it is, before torch wraps it.
+
     Args:
         training: What is asked; what is settled is put into it.
         found: The checkpoint to go on from: what was chosen then is not chosen again.
         undo: Takes what must be undone once the training is over.
     """
     fit, context, group = training.fit, training.context, training.context.group
+    training.precision = _precision(training, found)
+    undo.enter_context(training.precision.applied())
+    training.plan = _plan(training, found)
+    in_parts = training.plan.strategy == "fsdp"
     _place(training)
     if fit.activation_checkpointing:
         recompute_blocks(training.model)
         undo.callback(keep_activations, training.model)
-    training.precision = _precision(training, found)
-    undo.enter_context(training.precision.applied())
-    # Before the batch size is tried and the numbers are compared: both are to hold for what will compute.
     # Before the batch size is tried and the numbers are compared: both are to hold for what will compute.
     undo.enter_context(_kernels(training).applied())
+    if in_parts:
+        training.shared = _shared(training)
     training.batch_size = _batch_size(training, found)
     _check_share(training)
-    if fit.check_precision and found is None and not _is_too_large(training):
+    if fit.check_precision and found is None:
         training.precision = _checked(training)
         undo.enter_context(training.precision.applied())
     training.kernels = _kernels(training)
     training.notes.append(str(training.kernels))
-    training.shared = _shared(training)
+    if not in_parts:
+        training.shared = _shared(training)
     training.forward = training.shared.forward
     if fit.compile:
         training.forward = compiled(
@@ -105,19 +112,38 @@ def set_up(training: Training, found: Checkpoint | None, undo: ExitStack) -> Non
     training.watch = Stopwatch(group.device)
 
 
-def _is_too_large(training: Training) -> bool:
-    """Whether the recipe says that no GPU can hold the whole model: then it is cut up before it goes there."""
-    group, launch = training.context.group, training.context.recipe.launch
-    return group.device.type == "cuda" and group.world > 1 and (launch.strategy == "fsdp" or launch.cpu_offload)
+def _plan(training: Training, found: Checkpoint | None) -> Plan:
+    """Who will hold what. A batch size that is not known yet counts as one sample at a time."""
+    fit, group, given = training.fit, training.context.group, training.train.specs
+    batch_size = _known_batch_size(training, found) or group.world * fit.accumulate
+    check_batch(group, batch_size)
+    sizes: dict[str, int] = {}
+    if group.world > 1 and any(isinstance(axis, str) and axis != BATCH for spec in given for axis in spec.shape):
+        sizes = free_sizes(_batches(training, batch_size, 1)[0], given)
+    return plan(
+        training.model,
+        group=group,
+        launch=training.context.recipe.launch,
+        precision=training.precision,
+        given=given,
+        gives=training.gives,
+        sizes=sizes,
+        fit=fit,
+        batch_size=batch_size,
+    )
 
 
 def _place(training: Training) -> None:
-    """Model and teacher on the device, in the memory layout that convolutions are fastest in."""
-    device = torch.device("cpu") if _is_too_large(training) else training.context.group.device
+    """Model and teacher on the device, in the memory layout that convolutions are fastest in.
+
+    What will be in parts stays in the machine's memory: `share` takes it to the device a block at a time.
+    """
+    device = training.context.group.device
     layout = torch.channels_last if training.fit.channels_last else torch.contiguous_format
     if training.teacher is not None:
-        training.teacher.to(training.context.group.device, memory_format=layout).eval()  # type: ignore[call-overload]
-    training.model.to(device, memory_format=layout).train()  # type: ignore[call-overload]
+        training.teacher.to(device, memory_format=layout).eval()  # type: ignore[call-overload]
+    where = torch.device("cpu") if training.plan.strategy == "fsdp" else device
+    training.model.to(where, memory_format=layout).train()  # type: ignore[call-overload]
 
 
 def _kernels(training: Training) -> Kernels:
@@ -127,22 +153,16 @@ def _kernels(training: Training) -> Kernels:
 
 def _shared(training: Training) -> SharedModel:
     """The model in the hands of the group."""
-    fit, group, given = training.fit, training.context.group, training.train.specs
-    sizes: dict[str, int] = {}
-    if group.world > 1 and any(isinstance(axis, str) and axis != BATCH for spec in given for axis in spec.shape):
-        sizes = free_sizes(_batches(training, training.batch_size, 1)[0], given)
     shared = share(
         training.model,
-        group=group,
-        launch=training.context.recipe.launch,
+        training.plan,
+        group=training.context.group,
         precision=training.precision,
-        given=given,
+        takes=training.takes,
         gives=training.gives,
-        sizes=sizes,
-        fit=fit,
-        batch_size=training.batch_size,
+        offload=training.context.recipe.launch.cpu_offload,
     )
-    if group.world > 1:
+    if training.context.group.world > 1:
         training.notes.append(f"{shared.strategy}: {shared.reason}")
     return shared
 
@@ -168,37 +188,68 @@ def _precision(training: Training, found: Checkpoint | None) -> Precision:
     return replace(choose_precision("fp32", group.device), reason=f"of {' and '.join(sorted(names))} all have fp32")
 
 
-def _batch_size(training: Training, found: Checkpoint | None) -> int:
-    """The recipe's, that of the checkpoint, or the largest power of two that fits."""
-    fit, group = training.fit, training.context.group
-    if fit.batch_size != "auto":
-        return fit.batch_size
-    if found is not None and found.state.batch_size:
-        return found.state.batch_size
-    batch = _batches(training, group.world * min(64, len(training.train) // group.world), 1)[0]
+def _known_batch_size(training: Training, found: Checkpoint | None) -> int | None:
+    """The recipe's, or that of the checkpoint; None where it is to be found by trial."""
+    if training.fit.batch_size != "auto":
+        return training.fit.batch_size
+    return found.state.batch_size or None if found is not None else None
 
-    def attempt(size: int) -> None:
+
+def _batch_size(training: Training, found: Checkpoint | None) -> int:
+    """The one that is known, or the largest power of two that fits."""
+    fit, group = training.fit, training.context.group
+    known = _known_batch_size(training, found)
+    if known is not None:
+        return known
+    batch = _batches(training, group.world * min(64, len(training.train) // group.world), 1)[0]
+    in_parts = training.plan.strategy == "fsdp"
+    attempt = _pass_in_parts if in_parts else _pass
+
+    def tried(size: int) -> None:
         """Forward and backward of one part of this process's share."""
         some = rows(batch, torch.arange(size, device=group.device) % num_rows(batch))
-        trial(
-            training.model,
-            channels_last(some) if fit.channels_last else some,
-            takes=training.takes,
-            gives=training.gives,
-            loss=_loss(training),
-            precision=training.precision,
-        )
+        attempt(training, channels_last(some) if fit.channels_last else some)
 
     shares = group.world * fit.accumulate
-    # An epoch has at least a few steps: with one, a training would be all warm-up.
-    limit = max(1, len(training.train) // (MIN_STEPS * shares))
-    part, said = find_batch_size(attempt, model=training.model, group=group, limit=limit)
+    part, said = find_batch_size(
+        tried,
+        model=training.model,
+        group=group,
+        limit=max(1, len(training.train) // (MIN_STEPS * shares)),
+        limited_by=f"leave an epoch of {len(training.train)} samples fewer than {MIN_STEPS} steps",
+        in_lock_step=in_parts,
+    )
     training.remarks.extend(said)
+    times = f"times train.accumulate ({fit.accumulate}), times processes ({group.world})"
+    training.remarks.append(f"batch size: {part * shares}, which is {part} at a time, {times}")
     return part * shares
+
+
+def _pass(training: Training, batch: Batch) -> None:
+    trial(
+        training.model,
+        batch,
+        takes=training.takes,
+        gives=training.gives,
+        loss=_loss(training),
+        precision=training.precision,
+    )
+
+
+def _pass_in_parts(training: Training, batch: Batch) -> None:
+    """As the loop does it: fsdp sums gradients in `backward` alone. Every rank takes part."""
+    with training.precision.autocast(training.context.group.device):
+        outputs = call(training.model, batch, takes=training.takes, gives=training.gives)
+    _loss(training)(outputs, batch).backward()
 
 
 def _checked(training: Training) -> Precision:
     """The precision, or fp32 where the first batches come out differently in it."""
+    if training.plan.strategy == "fsdp":
+        if training.precision.name != "fp32":
+            name = training.precision.name
+            training.remarks.append(f"{name} was not compared with fp32: no process holds the whole model")
+        return training.precision
     checked, said = selfcheck.check(
         training.precision,
         model=training.model,
@@ -265,20 +316,3 @@ def _count_steps(fit: Fit, num_samples: int, batch_size: int) -> tuple[int, int]
         )
     steps_per_epoch = num_samples // batch_size
     return steps_per_epoch, min(fit.epochs * steps_per_epoch, fit.max_steps or 2**62)
-
-
-def differences(model: nn.Module, group: Group, fit: Fit) -> list[str]:
-    """What several processes, or parts of a batch, do otherwise than one would."""
-    modules = list(model.modules())
-    has_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules)
-    found = []
-    if has_norm and group.world * fit.accumulate > 1:
-        found.append("batch statistics are taken over each process's part of a batch")
-    if group.world > 1 and any(
-        isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in modules
-    ):
-        found.append("dropout draws differently in each process")
-    if not found:
-        return []
-    parts = f"{group.world} processes" if group.world > 1 else f"{fit.accumulate} parts"
-    return [f"{parts}: {' and '.join(found)}; one process with whole batches would end with slightly other weights"]

@@ -17,12 +17,14 @@ from bmctl.core.evaluation import Evaluation
 from bmctl.engine.computing.recompute import keep_activations
 from bmctl.engine.context import StageContext
 from bmctl.engine.loading.split import Split
+from bmctl.engine.parallel import agree
 from bmctl.engine.sharding.communication import Clock
 from bmctl.engine.sharding.shared import SharedModel
 from bmctl.engine.training import loop
 from bmctl.engine.training.checkpointing import find_start, go_on
+from bmctl.engine.training.differences import differences
 from bmctl.engine.training.feed import open_feed
-from bmctl.engine.training.setup import differences, set_up
+from bmctl.engine.training.setup import set_up
 from bmctl.engine.training.training import Position, Training, start
 from bmctl.engine.training.validation import evaluate
 from bmctl.errors import DivergedError
@@ -163,26 +165,32 @@ def _select(training: Training, where: Position) -> tuple[nn.Module, Evaluation 
         model.load_state_dict(where.best)
     elif training.average is not None:
         model.load_state_dict(training.average.tensors())
+    chosen = copy(training)
+    chosen.average = None  # what is kept of it is in the model now
     whole = training.shared.whole_model()
     keep_activations(whole)
     whole.to(memory_format=torch.contiguous_format).eval()
     known = where.best_evaluation if where.best_step == where.step or not is_last else None
     if training.shared.strategy == "fsdp":
-        training, known = _made_whole(training, whole), None
+        chosen, known = _made_whole(chosen, whole), None
     if known is None:
-        known = evaluate(training, step=where.step)
+        known = evaluate(chosen, step=where.step)
     return whole, known if training.context.group.leads else None
 
 
 def _made_whole(training: Training, whole: nn.Module) -> Training:
     """To evaluate in fp32: parts are gathered, and compute, in the format that they were trained in."""
     group, made = training.context.group, copy(training)
+    fits = True
     try:
         whole.to(group.device)
     except torch.OutOfMemoryError:
+        fits = False
+    if agree(group, not fits):
+        whole.to("cpu")
         training.log.note(f"no GPU holds the whole model: the last evaluation is in {training.precision.name}")
         return training
-    made.model, made.average = whole, None
+    made.model = whole
     made.shared = SharedModel(
         whole,
         forward=whole,

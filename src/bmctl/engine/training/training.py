@@ -15,6 +15,7 @@ from bmctl.engine.checkpoints.state import Identity, Tensors
 from bmctl.engine.computing.kernels import Kernels
 from bmctl.engine.computing.precision import Precision
 from bmctl.engine.context import StageContext
+from bmctl.engine.sharding.plan import Plan
 from bmctl.engine.sharding.shared import SharedModel
 from bmctl.engine.training.ema import Average
 from bmctl.engine.training.fitlog import FitLog
@@ -46,6 +47,7 @@ class Training:
         num_workers: Loader processes of this process.
         steps_per_epoch: Whole global batches in the training data.
         num_steps: At which the training ends, if nothing ends it before.
+        plan: Who will hold what of the model.
         shared: The model in the hands of all processes.
         forward: What a step calls: `shared.forward`, compiled where the recipe says so.
         average: Of the weights, where the recipe asks for one.
@@ -72,6 +74,7 @@ class Training:
     remarks: list[str] = field(default_factory=list)
 
     precision: Precision = field(init=False)
+    plan: Plan = field(init=False)
     kernels: Kernels = field(init=False)
     batch_size: int = field(init=False)
     num_workers: int = field(init=False)
