@@ -16,7 +16,7 @@ from bmctl.engine.batch import Batch, call, channels_last, chunks, free_sizes, n
 from bmctl.engine.checkpoints import checkpoint
 from bmctl.engine.checkpoints.checkpoint import Checkpoint
 from bmctl.engine.checkpoints.saver import Saver
-from bmctl.engine.computing import selfcheck
+from bmctl.engine.computing import selfcheck, strided
 from bmctl.engine.computing.compiling import compiled
 from bmctl.engine.computing.kernels import Kernels, choose
 from bmctl.engine.computing.precision import Precision, choose_precision
@@ -64,6 +64,7 @@ def set_up(training: Training, found: Checkpoint | None, undo: ExitStack) -> Non
         undo.callback(keep_activations, training.model)
     # Before the batch size is tried and the numbers are compared: both are to hold for what will compute.
     undo.enter_context(_kernels(training).applied())
+    _keep_within_bounds(training, undo)
     if in_parts:
         training.shared = _shared(training)
     training.batch_size = _batch_size(training, found)
@@ -149,6 +150,16 @@ def _place(training: Training) -> None:
 def _kernels(training: Training) -> Kernels:
     fit, group = training.fit, training.context.group
     return choose(fit.kernels, precision=training.precision.name, group=group, compiled=fit.compile)
+
+
+def _keep_within_bounds(training: Training, undo: ExitStack) -> None:
+    """Where convolutions would crash the process or come out wrong, have them computed in another way, and say so."""
+    names = strided.concerned(training.model)
+    if not names or not training.fit.channels_last or training.context.group.device.type != "cpu":
+        return
+    undo.enter_context(strided.within_bounds())
+    which = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    training.remarks.append(f"channels_last: {which} computed pixel by pixel: oneDNN's gradient of it is out of bounds")
 
 
 def _shared(training: Training) -> SharedModel:
