@@ -16,6 +16,7 @@ from bmctl.cli import main
 from bmctl.engine.artifacts.opening import open_model
 from bmctl.engine.checkpoints.checkpoint import open_checkpoint
 from bmctl.engine.evaluation import feeds
+from bmctl.job import Logs
 from bmctl.package import open_package
 from bmctl.recipe import find_recipe, load_recipe, recipe_yaml
 from bmctl.restore import load_model
@@ -37,11 +38,11 @@ SMALL = (
 
 
 def make_run(folder: Path, *overrides: str, name: str = "run") -> Path:
-    """A run's directory with the built-in recipe, made small."""
+    """A run's directory with the built-in recipe, made small, for a job."""
     run = folder / name
-    run.mkdir()
+    Logs(run).folder.mkdir(parents=True)
     recipe = load_recipe(find_recipe("cartpole"), overrides=(*SMALL, *overrides))
-    (run / "recipe.yaml").write_text(recipe_yaml(recipe))
+    Logs(run).recipe.write_text(recipe_yaml(recipe))
     return run
 
 
