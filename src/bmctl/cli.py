@@ -204,13 +204,13 @@ def infer(
     options: "Options",
     data: Annotated[
         str | None,
-        typer.Argument(metavar="[DATA]", help="An image, a folder, a text, an .npz, a .csv; else infer.data."),
+        typer.Argument(metavar="[DATA]", help="An image, a folder, a text, an .npz, a .csv, an environment."),
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="A run, package, .onnx or engine; else the newest run.")
     ] = None,
     backend: Annotated[str | None, typer.Option("--backend", help="auto, or one backend's name.")] = None,
-    form: Annotated[str, typer.Option("--format", help="jsonl or csv.")] = "jsonl",
+    form: Annotated[str, typer.Option("--format", help="jsonl, csv, or gif with --to: an episode.")] = "jsonl",
     to: Annotated[str | None, typer.Option("--to", help="A file instead of stdout.")] = None,
 ) -> int:
     """Predict: JSON lines or CSV with class names and scores."""

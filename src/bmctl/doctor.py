@@ -32,6 +32,7 @@ EXTRAS = {
     "tensorrt-rtx": "TensorRT-RTX engines, built on any machine",
     "transformers": "models by name from transformers",
     "sklearn": "the digits data set",
+    "rl": "environments to learn to play in",
 }
 
 

@@ -124,8 +124,11 @@ def infer(
     options: Options, *, data: str | None, model: str | None, backend: str | None, form: str, to: str | None
 ) -> int:
     """Predict with a run, a package, an .onnx or an engine."""
-    if form not in ("jsonl", "csv"):
-        raise UsageError(f"--format {form}: no such format", hint="jsonl or csv")
+    if form not in ("jsonl", "csv", "gif"):
+        raise UsageError(f"--format {form}: no such format", hint="jsonl, csv or gif")
+    film = Path(to) if form == "gif" and to else None
+    if form == "gif" and film is None:
+        raise UsageError("--format gif: a film needs a file", hint="--to FILE.gif; predictions are printed as well")
     from bmctl.engine.deployment import infer as engine
 
     if model and options.output:
@@ -149,12 +152,18 @@ def infer(
         return _say(options, {"model": str(source), "data": data, "backend": backend})
     with options.console() as console, catch_signals() as stop:
         found = engine.predict(
-            source, data, backend=backend, batch_size=section.batch_size, emit=console.emit, stop=stop
+            source,
+            data,
+            backend=backend,
+            batch_size=section.batch_size,
+            film=film,
+            emit=console.emit,
+            stop=stop,
         )
         lines = engine.to_csv(found, columns=found.columns) if form == "csv" else engine.to_jsonl(found)
         if options.as_json:
             console.data(json.dumps(list(found), indent=2))
-        elif to:
+        elif to and film is None:
             store.write_atomic(Path(to), "".join(line + "\n" for line in lines).encode())
         else:
             all(console.data(line) for line in lines)  # stops when nobody reads any more

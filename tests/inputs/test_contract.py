@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bmctl.core.chance import Luck
-from bmctl.core.columns import Column, Picture, Real, Text
+from bmctl.core.columns import Column, Episode, Picture, Real, Text
 from bmctl.inputs import INPUTS, Resolved, specs
 from bmctl.inputs import image as image_input
 
@@ -40,6 +40,7 @@ CASES: dict[str, tuple[Block, dict[str, Any]]] = {
     ),
     "text": (Block("text", Text(), TEXTS), {"kind": "text", "tokenizer": {"kind": "wordpiece"}}),
     "tabular": (Block("size", Real(), np.arange(12, dtype=np.float32)), {"kind": "tabular"}),
+    "observation": (Block("episode", Episode("CartPole-v1", 500), np.arange(12)), {"kind": "observation"}),
 }
 AUGMENTED = {"image"}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bmctl.core.columns import Class
 from bmctl.errors import DependencyError
 from bmctl.inputs import INPUTS
 from bmctl.schema import Strict
@@ -14,6 +15,14 @@ from bmctl.sources import SOURCES, digits
 
 from .conftest import SaveImages, write_lines, write_shards
 from .test_idx import write
+
+COLUMNS = {
+    "image": ("picture", "label"),
+    "text": ("text", "label"),
+    "tabular": ("size", "label"),
+    "observation": ("episode", "seed"),
+}
+"""What a sample is seen by, and what a task is told of it."""
 
 
 @pytest.fixture
@@ -31,6 +40,7 @@ def configs(tmp_path: Path, save_images: SaveImages) -> dict[str, Strict]:
     fields = {
         "tabular": {"path": str(tmp_path / "rows.csv"), "label": "kind"},
         "table": {"path": str(tmp_path / "texts.tsv")},
+        "gymnasium": {"env": "CartPole-v1"},
         "folder": {"root": str(tmp_path / "data")},
         "csv": {"path": str(tmp_path / "list.csv")},
         "idx": {"root": str(tmp_path)},
@@ -52,18 +62,23 @@ def test_samples_are_the_same_every_time_and_fit_together(configs: dict[str, Str
         assert len(samples) > 0
         last = len(samples) - 1
         records = samples.read([last, 0, last])
-        what = {"text": "text", "tabular": "size"}.get(SOURCES[kind].INPUT, "picture")
-        assert list(records) == list(samples.columns) == [what, "label"]
-        labels = samples.read(range(len(samples)), only=("label",))
-        assert list(labels) == ["label"]
-        assert labels["label"].dtype == np.int64
-        assert set(labels["label"]) <= set(range(len(samples.columns["label"].names)))
-        assert labels["label"][[last, 0, last]].tolist() == records["label"].tolist()
+        what, target = samples.columns
+        assert (what, target) == COLUMNS[SOURCES[kind].INPUT]
+        assert list(records) == [what, target]
+        targets = samples.read(range(len(samples)), only=(target,))
+        assert list(targets) == [target]
+        assert targets[target].dtype == np.int64
+        column = samples.columns[target]
+        most = len(column.names) if isinstance(column, Class) else column.size
+        assert targets[target].min() >= 0 and targets[target].max() < most
+        assert targets[target][[last, 0, last]].tolist() == records[target].tolist()
         values = [np.asarray(value) for value in records[what]]
         if what == "picture":
             assert all(image.dtype == np.uint8 and image.ndim in (2, 3) for image in values)
         elif what == "text":
             assert all(isinstance(text, str) for text in records[what])
+        else:
+            assert all(value.dtype.kind in "if" for value in values)
         assert np.array_equal(values[0], values[2])
         assert np.array_equal(values[0], samples.read([last])[what][0])
         seen.add(samples.fingerprint)
@@ -76,8 +91,8 @@ def test_reading_step_by_step_gives_what_reading_gives(configs: dict[str, Strict
     steps = [[0, 1, 2], [], [5, 7]]
     for step, found in zip(steps, samples.read_each(steps), strict=True):
         expected = samples.read(step)
-        assert found["label"].tolist() == expected["label"].tolist()
-        what = next(iter(samples.columns))
+        what, target = samples.columns
+        assert list(found[target]) == list(expected[target])
         pairs = zip(found[what], expected[what], strict=True)
         assert all(np.array_equal(np.asarray(one), np.asarray(other)) for one, other in pairs)
 

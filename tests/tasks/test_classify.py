@@ -20,6 +20,7 @@ from bmctl.schema import Signature, TensorSpec
 from bmctl.tasks import TASKS, Part, Task, classify, parts_of
 
 CONFIG = classify.Config()
+FACTS = classify.Facts(class_names=("a", "b", "c", "d", "e", "f"))
 RNG = np.random.default_rng(0)
 
 
@@ -50,7 +51,7 @@ def batches(logits: np.ndarray, labels: np.ndarray, *, size: int) -> Iterator[di
 
 
 def evaluate(logits: np.ndarray, labels: np.ndarray, *, size: int = 7) -> Evaluation:
-    return classify.evaluate({"model": Echo()}, batches(logits, labels, size=size), config=CONFIG)
+    return classify.evaluate({"model": Echo()}, batches(logits, labels, size=size), config=CONFIG, facts=FACTS)
 
 
 def test_numbers_agree_with_scikit_learn() -> None:
@@ -95,22 +96,19 @@ def test_large_logits_do_not_overflow() -> None:
 def test_nonsense_is_refused(logits: list, labels: list, error: type[Exception], said: str) -> None:
     part = np.array(logits, np.float32)
     with pytest.raises(error, match=said):
-        classify.evaluate({"model": Echo()}, [{"input": part, "label": np.array(labels)}], config=CONFIG)
+        classify.evaluate({"model": Echo()}, [{"input": part, "label": np.array(labels)}], config=CONFIG, facts=FACTS)
 
 
 def test_an_empty_split_is_refused() -> None:
     with pytest.raises(DataError, match="empty"):
-        classify.evaluate({"model": Echo()}, [], config=CONFIG)
+        classify.evaluate({"model": Echo()}, [], config=CONFIG, facts=FACTS)
 
 
 def test_a_foreign_graph_may_call_its_tensors_anything() -> None:
     logits, labels = RNG.normal(size=(9, 3)).astype(np.float32), RNG.integers(0, 3, 9)
     foreign = {"model": Echo(takes="x:0", gives="probs")}
-    found = classify.evaluate(foreign, batches(logits, labels, size=4), config=CONFIG)
+    found = classify.evaluate(foreign, batches(logits, labels, size=4), config=CONFIG, facts=FACTS)
     assert np.array_equal(found.counts, evaluate(logits, labels).counts)
-
-
-FACTS = classify.Facts(class_names=("a", "b", "c", "d", "e", "f"))
 
 
 def test_predictions_are_ranked_and_named() -> None:

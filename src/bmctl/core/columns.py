@@ -49,4 +49,18 @@ class Real:
     std: float = 1.0
 
 
-Column = Picture | Text | Class | Id | Real
+@dataclass(frozen=True)
+class Episode:
+    """int64, each the seed that an episode of an environment begins with.
+
+    Attributes:
+        env: Its name in gymnasium's registry.
+        max_steps: After so many steps it ends, if it did not before.
+    """
+
+    kind: ClassVar[str] = "episode"
+    env: str
+    max_steps: int
+
+
+Column = Picture | Text | Class | Id | Real | Episode

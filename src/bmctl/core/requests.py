@@ -18,7 +18,7 @@ OnBad = Literal["refuse", "skip"]
 class Requested:
     """Attributes:
     names: Of each sample, [n].
-    fields: Array [n, ...] of each field that the model takes, in their order.
+    fields: Array [n, ...] of each field that the model takes, in their order; then what the task asks for besides.
     """
 
     names: Sequence[str]

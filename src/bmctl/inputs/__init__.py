@@ -173,6 +173,7 @@ INPUTS: Mapping[str, ModuleType] = plugins(
     "image",
     "text",
     "tabular",
+    "observation",
 )
 
 # The table is the single source of what a recipe and a manifest may name; type checkers cannot read a table.

@@ -61,8 +61,12 @@ class Task(Protocol):
     """A module of this folder. `kind` in Config names it.
 
     A task may have a `feed` as well, which takes the place of the loader: a function that is called as
-    ``feed(train, *, config, model, seed, batch_size, rank, world, device)`` and gives a context manager of a Feed. It
-    is called again for what is tried before the first step, so that making one may change nothing outside of it.
+    ``feed(train, *, config, model, teacher, seed, batch_size, rank, world, device)`` and gives a context manager of a
+    Feed. It is called again for what is tried before the first step, so that making one may change nothing outside of
+    it. ``epoch_steps(config)`` beside it says how many steps count as an epoch, where samples say nothing of that.
+
+    One whose samples can be seen may have a ``film(runners, batch, *, config, facts) -> bytes``: an animated GIF of
+    the first sample of a batch.
 
     Attributes:
         Facts: What the task must know of the data to be run again without them; manifests keep it.
@@ -151,6 +155,7 @@ TASKS: Mapping[str, ModuleType] = plugins(
     Room(__name__, needs=Task, adapt=_judging),
     "classify",
     "regress",
+    "dqn",
 )
 
 

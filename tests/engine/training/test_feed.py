@@ -64,7 +64,7 @@ class Remembering:
 
     @contextmanager
     def feed(self, train: Any, *, seed: int, batch_size: int, rank: int, world: int, **given: Any) -> Iterator[Replay]:
-        assert sorted(given) == ["config", "device", "model"]
+        assert sorted(given) == ["config", "device", "model", "teacher"]
         made = Replay(seed=seed, rank=rank, num=batch_size // world, num_steps=len(train) // batch_size)
         self.fed.append(made)
         yield made

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bmctl import store
 from bmctl.core.requests import OnBad, Requests
 from bmctl.core.runner import batch_axes
 from bmctl.engine.artifacts.opening import task_of
@@ -58,6 +59,7 @@ def predict(
     backend: str = "auto",
     batch_size: int = 64,
     on_bad: OnBad = "refuse",
+    film: Path | None = None,
     emit: Emit = _silent,
     stop: Stop | None = None,
 ) -> Predictions:
@@ -71,13 +73,14 @@ def predict(
         backend: `auto`, a backend's name, or `eager`.
         batch_size: Samples per call, within what the artifact takes.
         on_bad: What bad files among many do.
+        film: Takes an animated GIF of the first sample, of a task that can draw one.
         emit: Notes (which artifact, and why) and progress.
         stop: Looked at before every batch.
 
     Raises:
         PackageError: The model is missing, corrupt or does not fit its record.
         DataError: The inputs are missing or do not fit; while reading: all bad files by name.
-        UnsupportedError: Nobody knows what its outputs mean.
+        UnsupportedError: Nobody knows what its outputs mean, or how to draw a sample.
         DivergedError: Its outputs are not finite.
         InterruptedRunError: A signal came.
     """
@@ -87,6 +90,8 @@ def predict(
     try:
         emit({"event": "note", "stage": STAGE, "text": f"model: {chosen.why}"})
         task, options = _reader(chosen)
+        if film is not None and not hasattr(task, "film"):
+            raise UnsupportedError("there is nothing to film in what this model predicts", hint="--format jsonl or csv")
         highs = [high for axes, (_, high) in map(batch_axes, chosen.runners.values()) if axes and high is not None]
         requests = open_requests(
             inputs,
@@ -99,7 +104,9 @@ def predict(
     except BaseException:
         chosen.stack.close()
         raise
-    return Predictions(_stream(chosen, requests, task=task, options=options, emit=emit, stop=stop or Stop()), task)
+    return Predictions(
+        _stream(chosen, requests, task=task, options=options, film=film, emit=emit, stop=stop or Stop()), task
+    )
 
 
 def _reader(chosen: Chosen) -> tuple[Any, dict[str, Any]]:
@@ -129,11 +136,11 @@ def to_jsonl(predictions: Iterable[Prediction]) -> Iterator[str]:
 
 
 def to_csv(predictions: Iterable[Prediction], *, columns: Sequence[str]) -> Iterator[str]:
-    """A header with the columns, then one line per sample, without line ends."""
+    """A header with the columns, then one line per sample, without line ends; what a sample has not is empty."""
     yield ",".join(columns)
     for one in predictions:
         line = io.StringIO()
-        csv.writer(line, lineterminator="").writerow([_cell(one[name]) for name in columns])
+        csv.writer(line, lineterminator="").writerow([_cell(one.get(name)) for name in columns])
         yield line.getvalue()
 
 
@@ -142,7 +149,14 @@ def _cell(value: object) -> object:
 
 
 def _stream(
-    chosen: Chosen, requests: Requests, *, task: Any, options: Mapping[str, Any], emit: Emit, stop: Stop
+    chosen: Chosen,
+    requests: Requests,
+    *,
+    task: Any,
+    options: Mapping[str, Any],
+    film: Path | None,
+    emit: Emit,
+    stop: Stop,
 ) -> Iterator[Prediction]:
     start = told = time.monotonic()
     done = 0
@@ -150,6 +164,9 @@ def _stream(
     with chosen.stack:
         for batch in requests.batches:
             stop.check(STAGE)
+            if film is not None and done == 0:
+                store.write_atomic(film, task.film(chosen.runners, batch.fields, **options))
+                emit({"event": "note", "stage": STAGE, "text": f"{batch.names[0]} is filmed in {film}"})
             found = task.predict(chosen.runners, batch.fields, **options)
             yield from ({"input": name, **one} for name, one in zip(batch.names, found, strict=True))
             done += len(batch.names)

@@ -68,8 +68,12 @@ def _input_of(inputs: Sequence[TensorSpec], given: Resolved | None, *, source: s
 
 
 def _named(fields: Mapping[str, np.ndarray], inputs: Sequence[TensorSpec]) -> dict[str, np.ndarray]:
-    """The fields under the names that the graph has for them: both are in the order in which the model takes them."""
-    return {spec.name: array for spec, array in zip(inputs, fields.values(), strict=True)}
+    """The fields under the names that the graph has for them, in the order in which the model takes them; then others.
+
+    Others are the task's, such as the seeds of episodes.
+    """
+    taken = {spec.name: array for spec, array in zip(inputs, fields.values(), strict=False)}
+    return taken | dict(list(fields.items())[len(inputs) :])
 
 
 # -- arrays -----------------------------------------------------------------------------------------

@@ -50,15 +50,19 @@ def validation_calls(
 def timing_calls(
     context: StageContext, package: ModelPackage, runners: Mapping[str, Runner], *, num_samples: int
 ) -> list[Call]:
-    """The same for timings: so many samples also of noise, and of the most common sizes alone."""
-    batch = _batch(context, package, split="val", size=num_samples)
+    """The same for timings: so many samples also of noise, and of the most common sizes alone.
+
+    Of samples only what the model takes: a task that could go on from there, such as to the end of an episode, is timed
+    for one decision.
+    """
+    batch = _batch(context, package, split="val", size=num_samples, alone=True)
     calls = _recorded(context, package, runners, batch, num_noise=num_samples, whole=True)
     return calls if batch is not None else [next(of_part(calls, part)) for part in runners]
 
 
 def example_calls(context: StageContext, package: ModelPackage, runners: Mapping[str, Runner]) -> list[Call]:
-    """The calls for two calibration samples, as the graphs are really fed; of noise where there are none."""
-    batch = _batch(context, package, split="calib", size=EXAMPLES)
+    """The calls for two calibration samples, of what the model takes alone; of noise where there are none."""
+    batch = _batch(context, package, split="calib", size=EXAMPLES, alone=True)
     return _recorded(context, package, runners, batch, num_noise=EXAMPLES, whole=False)
 
 
@@ -160,13 +164,21 @@ def _recorded(
     return calls
 
 
-def _batch(context: StageContext, package: ModelPackage, *, split: str, size: int) -> Fields | None:
-    """The first samples of a split as the model takes them, over again where there are fewer; None without data."""
+def _batch(
+    context: StageContext, package: ModelPackage, *, split: str, size: int, alone: bool = False
+) -> Fields | None:
+    """The first samples of a split, over again where there are fewer; None without data.
+
+    Args:
+        alone: What the model takes, without the task's targets.
+    """
     given = package.given
     if given is None or not has_samples(context, package):
         return None
-    batch = next(iter(array_batches(open_split(context.data, name=split, given=given), batch_size=size)))
-    return {name: np.take(array, np.arange(size) % len(array), axis=0) for name, array in batch.items()}
+    samples = open_split(context.data, name=split, given=given)
+    batch = next(iter(array_batches(samples, batch_size=size)))
+    names = [spec.name for spec in samples.specs] if alone else list(batch)
+    return {name: np.take(batch[name], np.arange(size) % len(batch[name]), axis=0) for name in names}
 
 
 def _noise(

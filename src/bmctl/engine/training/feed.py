@@ -32,6 +32,7 @@ def open_feed(
         training.train,
         config=training.task_config,
         model=training.model,
+        teacher=training.teacher,
         seed=training.seed,
         batch_size=batch_size,
         rank=group.rank,

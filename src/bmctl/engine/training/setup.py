@@ -203,6 +203,11 @@ def _known_batch_size(training: Training, found: Checkpoint | None) -> int | Non
     """The recipe's, or that of the checkpoint; None where it is to be found by trial."""
     if training.fit.batch_size != "auto":
         return training.fit.batch_size
+    if hasattr(training.task, "epoch_steps"):
+        raise RecipeError(
+            "train.batch_size: auto goes by the training data, and this task makes its own batches",
+            hint="--set train.batch_size=64",
+        )
     return found.state.batch_size or None if found is not None else None
 
 
@@ -290,7 +295,8 @@ def _batches(training: Training, batch_size: int, count: int) -> Sequence[Batch]
 def _check_share(training: Training) -> None:
     """Count the steps; refuse a batch that the processes, or their parts, cannot share evenly."""
     fit, group, batch_size = training.fit, training.context.group, training.batch_size
-    training.steps_per_epoch, training.num_steps = _count_steps(fit, len(training.train), batch_size)
+    training.steps_per_epoch = _epoch_steps(training)
+    training.num_steps = min(fit.epochs * training.steps_per_epoch, fit.max_steps or 2**62)
     check_batch(group, batch_size)
     if batch_size // group.world % fit.accumulate:
         raise RecipeError(
@@ -318,8 +324,12 @@ def _num_workers(training: Training) -> int:
     return number
 
 
-def _count_steps(fit: Fit, num_samples: int, batch_size: int) -> tuple[int, int]:
-    """Steps of an epoch, and of all; samples that do not fill a batch wait for the next epoch's order."""
+def _epoch_steps(training: Training) -> int:
+    """As the task says, else whole batches: samples that do not fill one wait for the next epoch's order."""
+    own = getattr(training.task, "epoch_steps", None)
+    if own is not None:
+        return int(own(training.task_config))
+    num_samples, batch_size = len(training.train), training.batch_size
     if num_samples < batch_size:
         raise DataError(
             f"the training split has {num_samples} samples, fewer than one batch of {batch_size}",

@@ -45,7 +45,7 @@ class Training:
         remarks: What the user is told now.
         batch_size: Samples of a step over all processes; found by trial where the recipe says `auto`.
         num_workers: Loader processes of this process.
-        steps_per_epoch: Whole global batches in the training data.
+        steps_per_epoch: Whole global batches in the training data, or what the task counts as an epoch.
         num_steps: At which the training ends, if nothing ends it before.
         plan: Who will hold what of the model.
         shared: The model in the hands of all processes.

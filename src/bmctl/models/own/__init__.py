@@ -107,6 +107,22 @@ class Tabular(Strict):
         )
 
 
+class Duelling(Strict):
+    """An MLP for Q-learning, which says apart what a state is worth and what each action adds.
+
+    Attributes:
+        hidden: Width of each hidden layer; one number is one layer.
+    """
+
+    hidden: Widths = (256, 256)
+
+    def build(self, spec: ModelSpec) -> nn.Module:
+        from bmctl.models.own import networks
+
+        num_actions = told_of(spec, "num_classes")
+        return networks.Duelling(num_inputs=num_inputs(spec), num_actions=num_actions, **self.model_dump())
+
+
 class Encoder(Strict):
     """A small transformer encoder over texts.
 
@@ -140,7 +156,7 @@ class Encoder(Strict):
 
 
 NETWORKS: Mapping[str, type[Strict]] = MappingProxyType(
-    {"rescnn": ResCNN, "mlp": MLP, "tabular": Tabular, "encoder": Encoder}
+    {"rescnn": ResCNN, "mlp": MLP, "duelling": Duelling, "tabular": Tabular, "encoder": Encoder}
 )
 
 

@@ -169,6 +169,32 @@ class Tabular(nn.Module):
         return self.mlp(torch.cat([numbers, self.embedding(categories + self.first).flatten(1)], dim=1))
 
 
+class Duelling(nn.Module):
+    """An MLP whose values are that of the state and, around it, what each action adds.
+
+    Args:
+        num_inputs: F.
+        num_actions: K.
+        hidden: Width of each hidden layer.
+
+    Source: Wang et al. 2015, https://arxiv.org/abs/1511.06581
+    """
+
+    def __init__(self, *, num_inputs: int, num_actions: int, hidden: Sequence[int] = (256, 256)) -> None:
+        super().__init__()
+        widths = (num_inputs, *hidden)
+        layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU(inplace=True))]
+        self.layers = nn.Sequential(nn.Flatten(), *layers)
+        self.state = nn.Linear(widths[-1], 1)
+        self.actions = nn.Linear(widths[-1], num_actions)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Vectors [N, F] to values [N, K]."""
+        features = self.layers(x)
+        added = self.actions(features)
+        return self.state(features) + added - added.mean(dim=1, keepdim=True)
+
+
 class Attention(nn.Module):
     """Every token looks at all tokens of its text; d = D / A at first, less once it is pruned.
 
