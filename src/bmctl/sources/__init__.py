@@ -97,4 +97,5 @@ SOURCES: Mapping[str, ModuleType] = plugins(
     "stream",
     "table",
     "tabular",
+    "corpus",
 )

@@ -66,7 +66,7 @@ def test_a_trained_tokenizer_gives_texts_back(kind: str) -> None:
 SCRIPT = """
 import hashlib, json, sys
 from bmctl.inputs.text import TokenizerConfig
-from bmctl.inputs.text.tokens import train
+from bmctl.inputs.text.trained import train
 texts = [f"{a}{b} {b}{c} {c}" for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvw"]
 for kind in ("wordpiece", "bpe"):
     made = train(texts, config=TokenizerConfig(kind=kind, vocab_size=400))

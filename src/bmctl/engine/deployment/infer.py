@@ -7,6 +7,7 @@ import io
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from bmctl.engine.artifacts.opening import task_of
 from bmctl.engine.deployment.choose import Chosen, open_source
 from bmctl.engine.deployment.requests import open_requests
 from bmctl.errors import PackageError, UnsupportedError
+from bmctl.inputs import INPUTS, specs
 from bmctl.package import PART
 from bmctl.processes.signals import Stop
-from bmctl.schema import Emit
-from bmctl.tasks import TASKS
+from bmctl.schema import Emit, TensorSpec
+from bmctl.tasks import TASKS, writes
 
 STAGE = "infer"
 EVENT_PERIOD_S = 0.5
@@ -90,7 +92,7 @@ def predict(
         highs = [high for axes, (_, high) in map(batch_axes, chosen.runners.values()) if axes and high is not None]
         requests = open_requests(
             inputs,
-            inputs=next(iter(chosen.runners.values())).signature.inputs,
+            inputs=_asked(chosen),
             given=chosen.given,
             batch_size=min([batch_size, *highs]),
             on_bad=on_bad,
@@ -112,7 +114,25 @@ def _reader(chosen: Chosen) -> tuple[Any, dict[str, Any]]:
             raise UnsupportedError(f"the model gives {shapes}; a classifier gives one output [n, classes]")
         return TASKS["classify"], {"config": TASKS["classify"].Config(), "facts": None}
     options = {"config": task.Config.model_validate(chosen.task), "facts": task.Facts.model_validate(chosen.facts)}
-    told = task.signatures(next(iter(chosen.runners.values())).signature.inputs, options["facts"])
+    if writes(options["config"].kind) and chosen.given is not None:
+        options["decode"] = partial(INPUTS[chosen.given.spec.kind].decode, given=chosen.given)
+    else:
+        _check_outputs(chosen, task, options["facts"])
+    return task, options
+
+
+def _asked(chosen: Chosen) -> Sequence[TensorSpec]:
+    """What samples are made into: what the model takes, without a cache and the like, which are the task's affair."""
+    inputs = next(iter(chosen.runners.values())).signature.inputs
+    of_input = specs(chosen.given) if chosen.given is not None else ()
+    return of_input if {spec.name for spec in of_input} < {spec.name for spec in inputs} else inputs
+
+
+def _check_outputs(chosen: Chosen, task: Any, facts: Any) -> None:
+    """Raises:
+    PackageError: A graph gives something else than the task makes of its facts.
+    """
+    told = task.signatures(next(iter(chosen.runners.values())).signature.inputs, facts)
     for part, runner in chosen.runners.items():
         for want, got in zip(told[part].outputs, runner.signature.outputs, strict=True):
             fixed = zip(want.shape, got.shape, strict=False)
@@ -120,7 +140,6 @@ def _reader(chosen: Chosen) -> tuple[Any, dict[str, Any]]:
                 raise PackageError(
                     f"{part} gives {got.name!r} {list(got.shape)}, its manifest's facts {list(want.shape)}"
                 )
-    return task, options
 
 
 def to_jsonl(predictions: Iterable[Prediction]) -> Iterator[str]:

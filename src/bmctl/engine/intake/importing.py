@@ -290,7 +290,7 @@ def _publish(
         stage=STAGE,
         key=key,
         model=found.spec,
-        parts=signatures(given=found.given, task=found.task, facts=facts),
+        parts=signatures(model, given=found.given, task=found.task, facts=facts),
         input=found.given.spec,
         facts=facts.model_dump(mode="json"),
         notes=(f"imported from {source}", *found.notes),
