@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bmctl.core.columns import Class
 from bmctl.errors import DependencyError
 from bmctl.inputs import INPUTS
 from bmctl.schema import Strict
@@ -30,6 +31,7 @@ def configs(tmp_path: Path, save_images: SaveImages) -> dict[str, Strict]:
     (tmp_path / "rows.csv").write_text("\n".join(["size,kind", *rows]))
     fields = {
         "tabular": {"path": str(tmp_path / "rows.csv"), "label": "kind"},
+        "corpus": {"path": str(tmp_path / "texts.tsv"), "piece": 16, "val": 0.1, "test": 0.1},
         "table": {"path": str(tmp_path / "texts.tsv")},
         "folder": {"root": str(tmp_path / "data")},
         "csv": {"path": str(tmp_path / "list.csv")},
@@ -53,12 +55,17 @@ def test_samples_are_the_same_every_time_and_fit_together(configs: dict[str, Str
         last = len(samples) - 1
         records = samples.read([last, 0, last])
         what = {"text": "text", "tabular": "size"}.get(SOURCES[kind].INPUT, "picture")
-        assert list(records) == list(samples.columns) == [what, "label"]
-        labels = samples.read(range(len(samples)), only=("label",))
-        assert list(labels) == ["label"]
-        assert labels["label"].dtype == np.int64
-        assert set(labels["label"]) <= set(range(len(samples.columns["label"].names)))
-        assert labels["label"][[last, 0, last]].tolist() == records["label"].tolist()
+        assert list(records) == list(samples.columns)
+        assert next(iter(records)) == what
+        others = [name for name in samples.columns if name != what]
+        targets = samples.read(range(len(samples)), only=others)
+        assert list(targets) == others == (["label"] if kind != "corpus" else ["num_bytes", "bzip2_bytes"])
+        for name, column in samples.columns.items():
+            if name != what:
+                assert targets[name].dtype == (np.int64 if isinstance(column, Class) else np.float32)
+                assert targets[name][[last, 0, last]].tolist() == records[name].tolist()
+            if isinstance(column, Class):
+                assert set(targets[name]) <= set(range(len(column.names)))
         values = [np.asarray(value) for value in records[what]]
         if what == "picture":
             assert all(image.dtype == np.uint8 and image.ndim in (2, 3) for image in values)
@@ -76,8 +83,8 @@ def test_reading_step_by_step_gives_what_reading_gives(configs: dict[str, Strict
     steps = [[0, 1, 2], [], [5, 7]]
     for step, found in zip(steps, samples.read_each(steps), strict=True):
         expected = samples.read(step)
-        assert found["label"].tolist() == expected["label"].tolist()
-        what = next(iter(samples.columns))
+        what, target, *_ = samples.columns
+        assert found[target].tolist() == expected[target].tolist()
         pairs = zip(found[what], expected[what], strict=True)
         assert all(np.array_equal(np.asarray(one), np.asarray(other)) for one, other in pairs)
 

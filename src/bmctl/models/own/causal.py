@@ -60,6 +60,7 @@ class CausalLogits(nn.Module):
     def __init__(self, model: nn.Module, *, cache: tuple[tuple[int, int], ...], max_tokens: int) -> None:
         super().__init__()
         self.model, self.cache, self.max_tokens = model, cache, max_tokens
+        self._takes_cache_as = _name_of_cache(model)
 
     def forward(
         self, ids_NT: torch.Tensor, mask_NS: torch.Tensor, at_NG: torch.Tensor | None = None, *past: torch.Tensor
@@ -74,14 +75,18 @@ class CausalLogits(nn.Module):
             input_ids=ids_NT,
             attention_mask=bias_of(mask_NS, ids_NT.shape[1], num_past),
             position_ids=places_NT,
-            past_key_values=kept,
             use_cache=kept is not None,
+            **{self._takes_cache_as: kept},
         )
-        if at_NG is None:
+        if at_NG is None or kept is None:
             logits: torch.Tensor = found.logits
             return logits
-        layers = found.past_key_values.layers
-        return chosen(found.logits, at_NG), *(each for layer in layers for each in (layer.keys, layer.values))
+        return chosen(found.logits, at_NG), *(each for layer in kept.layers for each in (layer.keys, layer.values))
+
+
+def _name_of_cache(model: Any) -> str:
+    """Which argument: transformers has renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def wrapped(model: Any, *, max_tokens: int) -> CausalLogits:
@@ -103,8 +108,8 @@ def wrapped(model: Any, *, max_tokens: int) -> CausalLogits:
                 input_ids=ids,
                 attention_mask=torch.zeros(1, 1, 1, 1),
                 position_ids=ids,
-                past_key_values=kept,
                 use_cache=True,
+                **{_name_of_cache(model): kept},
             )
         cache = tuple((layer.keys.shape[1], layer.keys.shape[3]) for layer in kept.layers)
         if not cache or any(layer.keys.shape != layer.values.shape for layer in kept.layers):
