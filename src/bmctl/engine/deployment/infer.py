@@ -60,6 +60,7 @@ def predict(
     backend: str = "auto",
     batch_size: int = 64,
     on_bad: OnBad = "refuse",
+    task: Any = None,
     emit: Emit = _silent,
     stop: Stop | None = None,
 ) -> Predictions:
@@ -73,6 +74,7 @@ def predict(
         backend: `auto`, a backend's name, or `eager`.
         batch_size: Samples per call, within what the artifact takes.
         on_bad: What bad files among many do.
+        task: Its Config in place of the model's own, where they are of one kind: how to predict, not what.
         emit: Notes (which artifact, and why) and progress.
         stop: Looked at before every batch.
 
@@ -88,7 +90,7 @@ def predict(
     chosen = open_source(Path(artifact), backend=backend, batch_size=batch_size)
     try:
         emit({"event": "note", "stage": STAGE, "text": f"model: {chosen.why}"})
-        task, options = _reader(chosen)
+        read, options = _reader(chosen, asked=task)
         highs = [high for axes, (_, high) in map(batch_axes, chosen.runners.values()) if axes and high is not None]
         requests = open_requests(
             inputs,
@@ -101,10 +103,10 @@ def predict(
     except BaseException:
         chosen.stack.close()
         raise
-    return Predictions(_stream(chosen, requests, task=task, options=options, emit=emit, stop=stop or Stop()), task)
+    return Predictions(_stream(chosen, requests, task=read, options=options, emit=emit, stop=stop or Stop()), read)
 
 
-def _reader(chosen: Chosen) -> tuple[Any, dict[str, Any]]:
+def _reader(chosen: Chosen, *, asked: Any) -> tuple[Any, dict[str, Any]]:
     """The task that reads the outputs, with its config and facts; a classifier where nobody says, and it looks so."""
     task = task_of(chosen.task)
     if task is None:
@@ -113,7 +115,9 @@ def _reader(chosen: Chosen) -> tuple[Any, dict[str, Any]]:
             shapes = ", ".join(f"{spec.name!r} {list(spec.shape)}" for spec in outputs)
             raise UnsupportedError(f"the model gives {shapes}; a classifier gives one output [n, classes]")
         return TASKS["classify"], {"config": TASKS["classify"].Config(), "facts": None}
-    options = {"config": task.Config.model_validate(chosen.task), "facts": task.Facts.model_validate(chosen.facts)}
+    own = task.Config.model_validate(chosen.task)
+    config = asked if asked is not None and asked.kind == own.kind else own
+    options: dict[str, Any] = {"config": config, "facts": task.Facts.model_validate(chosen.facts)}
     if writes(options["config"].kind) and chosen.given is not None:
         options["decode"] = partial(INPUTS[chosen.given.spec.kind].decode, given=chosen.given)
     else:

@@ -65,7 +65,9 @@ class Data:
             if len(samples) == 0:
                 raise DataError(f"data.source: the {split} split is empty")
             if (task := self.recipe.task) is not None:
-                TASKS[task.kind].facts(samples.columns, task, {})  # says what the task misses before anybody looks for it
+                TASKS[task.kind].facts(
+                    samples.columns, task, {}
+                )  # says what the task misses before anybody looks for it
             self._opened[split] = samples
         return self._opened[split]
 
@@ -122,7 +124,8 @@ def open_split(data: Data, *, name: str, given: Resolved, augment: bool = False,
         fingerprint=hashlib.sha256(samples.fingerprint.encode() + indices.astype("<i8").tobytes()).hexdigest(),
         given=given,
         task=task,
-        facts=facts or (TASKS[task.kind].facts(samples.columns, task, module.told(given)) if task is not None else None),
+        facts=facts
+        or (TASKS[task.kind].facts(samples.columns, task, module.told(given)) if task is not None else None),
         asked=data.section.input if augment and data.section.input.kind == given.spec.kind else None,
     )
 
