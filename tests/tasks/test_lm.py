@@ -129,6 +129,7 @@ def test_it_needs_running_text_and_a_model_with_a_cache() -> None:
     told = {"vocab_size": 50, "max_tokens": 24, "pad_id": 0, "begin_id": 2, "end_id": 3}
     columns = {"text": Text(), "num_bytes": Real(), "bzip2_bytes": Real()}
     assert lm.facts(columns, CONFIG, told) == FACTS
+    assert lm.facts(columns, CONFIG, {}) is None, "nothing is decided yet"
     with pytest.raises(DataError, match="a language model learns from running text"):
         lm.facts({"text": Text(), "label": Class(("a", "b"))}, CONFIG, told)
     with pytest.raises(UnsupportedError, match="cannot be told from its file"):

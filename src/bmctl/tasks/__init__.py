@@ -88,9 +88,10 @@ class Task(Protocol):
         """Columns that the targets are taken from: the model does not see them."""
         ...
 
-    def facts(self, columns: Mapping[str, Column], config: Any, told: Mapping[str, Any]) -> Strict:
+    def facts(self, columns: Mapping[str, Column], config: Any, told: Mapping[str, Any]) -> Strict | None:
         """Args:
-        told: What the input tells models, such as the size of a vocabulary.
+        told: What the input tells models, such as the size of a vocabulary. Before that is decided it is empty: then
+            the columns are looked at, and a task that needs it gives None.
         """
         ...
 

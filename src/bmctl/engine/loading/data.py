@@ -64,10 +64,8 @@ class Data:
             samples: Samples = SOURCES[source.kind].open(source, split=split)
             if len(samples) == 0:
                 raise DataError(f"data.source: the {split} split is empty")
-            if (task := self.recipe.task) is not None:
-                TASKS[task.kind].facts(
-                    samples.columns, task, {}
-                )  # says what the task misses before anybody looks for it
+            if (task := self.recipe.task) is not None:  # says what the task misses before anybody looks for it
+                TASKS[task.kind].facts(samples.columns, task, {})
             self._opened[split] = samples
         return self._opened[split]
 
@@ -118,14 +116,15 @@ def open_split(data: Data, *, name: str, given: Resolved, augment: bool = False,
     """
     samples, indices, task = data.samples(data.split_of(name)), data.chosen(name), data.recipe.task
     module = INPUTS[given.spec.kind]
+    if facts is None and task is not None:
+        facts = TASKS[task.kind].facts(samples.columns, task, module.told(given))
     return Split(
         samples=module.prepare(samples, given=given, folder=data.folder),
         indices=indices,
         fingerprint=hashlib.sha256(samples.fingerprint.encode() + indices.astype("<i8").tobytes()).hexdigest(),
         given=given,
         task=task,
-        facts=facts
-        or (TASKS[task.kind].facts(samples.columns, task, module.told(given)) if task is not None else None),
+        facts=facts,
         asked=data.section.input if augment and data.section.input.kind == given.spec.kind else None,
     )
 

@@ -31,6 +31,7 @@ METRICS: Mapping[str, Metric] = {
         Metric("loss", "lower", "nats"),
     )
 }
+SCORED = "bits_per_byte"
 NATS, TOKENS, BYTES = range(3)
 """Columns of an evaluation's counts."""
 GIVES = ("logits",)
@@ -49,8 +50,8 @@ def needs(config: Config) -> tuple[str, ...]:
     return (NUM_BYTES, BZIP2)
 
 
-def facts(columns: Mapping[str, Column], config: Config, told: Mapping[str, Any]) -> Facts:
-    """The vocabulary.
+def facts(columns: Mapping[str, Column], config: Config, told: Mapping[str, Any]) -> Facts | None:
+    """The vocabulary; None where it is not decided yet.
 
     Raises:
         DataError: The source does not say how many bytes its texts have, or the input makes no tokens of them.
@@ -60,6 +61,8 @@ def facts(columns: Mapping[str, Column], config: Config, told: Mapping[str, Any]
             f"data.source: its samples have {', '.join(columns)}, and a language model learns from running text",
             hint="set data.source.kind to corpus, or take another task",
         )
+    if not told:
+        return None
     return Facts(vocab_size=told["vocab_size"], max_tokens=told["max_tokens"], end_id=told["end_id"])
 
 
@@ -82,13 +85,20 @@ def told(facts: Facts) -> dict[str, Any]:
 # -- training ---------------------------------------------------------------------------------------
 
 
-def loss(outputs: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor], *, config: Config) -> torch.Tensor:
+def loss(
+    outputs: Mapping[str, torch.Tensor],
+    batch: Mapping[str, torch.Tensor],
+    *,
+    config: Config,
+    facts: Facts | None = None,
+) -> torch.Tensor:
     """Mean cross-entropy of the next token, in float32; padding is left out.
 
     Args:
         outputs: ``logits`` [N, T, V].
         batch: Ids and mask int64 [N, T].
         config: Not used: it is about what a trained model writes.
+        facts: Not used.
     """
     from bmctl.tasks.lm import training
 
@@ -96,7 +106,9 @@ def loss(outputs: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor],
     return nats_NT.sum() / is_token_NT.sum().clamp(min=1)
 
 
-def score(outputs: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def score(
+    outputs: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor], *, facts: Facts | None = None
+) -> torch.Tensor:
     """float32 [N]: bits per byte of each text."""
     import math
 
@@ -231,7 +243,11 @@ def words(prediction: Mapping[str, Any]) -> str:
 
 
 def evaluate(
-    runners: Mapping[str, Runner], batches: Iterable[Mapping[str, np.ndarray]], *, config: Config
+    runners: Mapping[str, Runner],
+    batches: Iterable[Mapping[str, np.ndarray]],
+    *,
+    config: Config,
+    facts: Facts | None = None,
 ) -> Evaluation:
     """Bits per byte, perplexity and loss of one split, each text by itself; bzip2 on the split is to be beaten.
 
@@ -239,6 +255,7 @@ def evaluate(
         runners: ``{"model": ...}``.
         batches: Ids and mask int64 [n, t], ``num_bytes`` and ``bzip2_bytes`` [n].
         config: Not used.
+        facts: Not used.
 
     Raises:
         DataError: No samples.
