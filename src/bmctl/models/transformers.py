@@ -140,8 +140,11 @@ def build(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
     architecture = str(stored["model_type"]) if stored else bare_name(spec.name)
     kind: Kind = "image" if not takes_text(spec) else "causal" if is_causal(spec) else "text"
     if architecture not in _known(kind):
+        others: dict[Kind, Kind] = {"image": "text", "text": "image"}
+        is_of_others = kind in others and architecture in _known(others[kind])
+        takes = f"takes {others[kind]}s" if is_of_others else f"is no {_WORDS[kind]} of transformers"
         raise RecipeError(
-            f"model.name: {spec.name} is no {_WORDS[kind]} of transformers; the data give {words(spec.given)}",
+            f"model.name: {spec.name} {takes}; the data give {words(spec.given)}",
             hint=f"take one of the types {', '.join(sorted(_known(kind))[:8])}, ...",
         )
     known = _arguments(architecture)

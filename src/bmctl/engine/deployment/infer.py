@@ -128,7 +128,9 @@ def _reader(chosen: Chosen, *, asked: Any) -> tuple[Any, dict[str, Any]]:
 def _asked(chosen: Chosen) -> Sequence[TensorSpec]:
     """What samples are made into: what the model takes, without a cache and the like, which are the task's affair."""
     inputs = next(iter(chosen.runners.values())).signature.inputs
-    of_input = specs(chosen.given) if chosen.given is not None else ()
+    if chosen.given is None:
+        return inputs
+    of_input = specs(chosen.given)
     return of_input if {spec.name for spec in of_input} < {spec.name for spec in inputs} else inputs
 
 
