@@ -160,3 +160,43 @@ def test_other_models_and_methods_go_the_whole_way(
     right = go_on(run / "packages/00-train", tmp_path / "prompts.txt", capsys)
     found = go_on(run / "deploy/baseline/onnxruntime", tmp_path / "prompts.txt", capsys)
     assert [one["tokens"] for one in found] == [one["tokens"] for one in right]
+
+
+def test_a_published_model_is_adapted_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder with config.json, weights and a tokenizer whose one mark both begins and ends texts, as GPT-2's does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, model="transformers:./tiny-gpt2", args="{}", compress="[]", backends="onnxruntime")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    mark = tokenizer.token_to_id("<|endoftext|>")
+    config = GPT2Config(
+        vocab_size=tokenizer.get_vocab_size(), n_embd=32, n_layer=1, n_head=2, n_positions=128, bos_token_id=mark,
+        eos_token_id=mark,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained("tiny-gpt2")
+    tokenizer.save("tiny-gpt2/tokenizer.json")
+    recipe = (tmp_path / "r.yaml").read_text()
+    lora = (
+        "compress: [{method: lora, recover: {teacher: none, fit: {epochs: 1, batch_size: 16, optimizer: {lr: 0.03}}}}]"
+    )
+    recipe = recipe.replace("input: {tokenizer: {vocab_size: 320}}", "input: {}").replace("compress: []", lora)
+    (tmp_path / "r.yaml").write_text(recipe.replace("args: {}", "pretrained: true"))
+    assert main(["import", "transformers:./tiny-gpt2", "-r", "./r.yaml", "-o", "run", "--quiet"]) == 0
+    assert main(["compress", "run", "-r", "./r.yaml", "-o", "run", "--quiet"]) == 0
+    first, second = (
+        json.loads((tmp_path / "run/packages" / name / "manifest.json").read_text())
+        for name in ("00-import", "01-lora")
+    )
+    assert first["input"]["begin_id"] == first["input"]["end_id"] == mark
+    assert second["metrics"]["val"]["value"] < first["metrics"]["val"]["value"] - 0.03
+    found = go_on(tmp_path / "run", "she was", capsys)
+    assert len(found[0]["tokens"]) == 12 or found[0]["stopped"] == "end"

@@ -101,6 +101,8 @@ def _module_step(work: Work) -> None:
     metrics: dict[str, Any] = {}
     if step.recover is not None:
         model, metrics = _recover(work, step, model, meta)
+    if hasattr(METHODS[step.method], "finish"):
+        meta = METHODS[step.method].finish(model, step, meta)
     model.eval()
 
     def publish() -> None:
