@@ -7,7 +7,7 @@ setup: .venv/.done
 
 .venv/.done: pyproject.toml
 	python3 -m venv .venv && $(PY) -m pip install -q 'pip>=25.1'
-	$(PY) -m pip install -q -e '.[tensorrt-rtx,transformers,sklearn]' --group dev && touch $@
+	$(PY) -m pip install -q -e '.[tensorrt-rtx,transformers,peft,sklearn]' --group dev && touch $@
 
 demo: setup
 	.venv/bin/bmctl run --recipe fashion-mnist --output runs/demo --overwrite
@@ -35,7 +35,7 @@ bench: .venv/.bench
 bounds:
 	python3 -m venv .venv-lower && .venv-lower/bin/python -m pip install -q 'pip>=25.1'
 	python3 tests/lower_bounds.py > .venv-lower/constraints.txt
-	.venv-lower/bin/python -m pip install -q -c .venv-lower/constraints.txt -e '.[tensorrt-rtx,transformers,sklearn]' --group dev
+	.venv-lower/bin/python -m pip install -q -c .venv-lower/constraints.txt -e '.[tensorrt-rtx,transformers,peft,sklearn]' --group dev
 	OMP_NUM_THREADS=1 .venv-lower/bin/python -m pytest -n 2 --dist loadfile
 
 clean:

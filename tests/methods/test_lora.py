@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from bmctl import models
 from bmctl.cli import main
-from bmctl.errors import RecipeError
+from bmctl.errors import DependencyError, RecipeError
 from bmctl.methods import METHODS, MethodContext
 
 SPECS = {
@@ -82,6 +83,12 @@ def test_layers_are_chosen_by_name() -> None:
 def test_without_training_it_is_refused() -> None:
     with pytest.raises(ValueError, match="give nothing until they are trained"):
         LORA.Config()
+
+
+def test_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(DependencyError, match="needs peft, which is not installed"):
+        LORA.apply(models.build(SPECS["decoder"]), config(), CONTEXT)
 
 
 def test_a_model_is_adapted_to_another_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
