@@ -1,6 +1,6 @@
 .PHONY: setup demo test slow soak check bench gpu graphs newest renew bounds clean
 PY := .venv/bin/python
-INSTALL := -m pip install -q -e '.[tensorrt-rtx,transformers,sklearn,parquet]' --group dev
+INSTALL := -m pip install -q -e '.[tensorrt-rtx,transformers,peft,sklearn,parquet,rl]' --group dev
 # Two test processes of one thread each: oversubscribed threads would ruin both.
 TEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 

@@ -45,6 +45,14 @@ def text_spec(
     return ModelSpec.model_validate({"name": name, "args": dict(args or {}), "given": TEXT, "told": told})
 
 
+def causal_spec(
+    name: str, *, args: Mapping[str, object] | None = None, vocab_size: int = 50, max_tokens: int = 16
+) -> ModelSpec:
+    """A language model."""
+    told = {"head": "causal", "vocab_size": vocab_size, "max_tokens": max_tokens, "pad_id": 0}
+    return ModelSpec.model_validate({"name": name, "args": dict(args or {}), "given": TEXT, "told": told})
+
+
 def classifier(spec: ModelSpec, *, class_names: Sequence[str] | None = None) -> dict[str, Any]:
     """What the manifest of a classifier says of it; classes are called by their numbers where nothing else is said."""
     names = tuple(class_names) if class_names else tuple(str(i) for i in range(spec.told["num_classes"]))

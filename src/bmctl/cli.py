@@ -173,7 +173,7 @@ def quantize(options: "Options", source: Source = None, method: Method = None) -
 
 @command(STAGES)
 def lowrank(options: "Options", source: Source = None, method: Method = None) -> int:
-    """Factorise layers into two thin ones (svd)."""
+    """Factorise layers into two thin ones (svd), or train thin ones beside them (lora)."""
     from bmctl import pipeline
 
     return pipeline.compress(options, source=source, verb="lowrank", method=method)

@@ -138,10 +138,10 @@ def infer(
         )
     # DATA stands for infer.data, which a recipe need not have then.
     overrides = [*(['infer.data=""'] if data else []), *(options.overrides or ())]
-    if model and not options.recipe:
+    if model and not options.recipe and not any(one.startswith("task.") for one in overrides):
         recipe, source = bare_recipe("infer", overrides), Path(model)
-    else:
-        target = find_target(replace(options, overrides=overrides))
+    else:  # how its task predicts is said over the recipe that the model was made by
+        target = find_target(replace(options, overrides=overrides), None if options.recipe else model)
         recipe, source = target.recipe, Path(model) if model else target.run
     section = recipe.infer or InferConfig(data="")
     data = data or resolve_env(section.data)
@@ -150,12 +150,14 @@ def infer(
     backend = backend or section.backend
     if options.dry_run:
         return _say(options, {"model": str(source), "data": data, "backend": backend})
+    task, size = recipe.task, section.batch_size
     with options.console() as console, catch_signals() as stop:
         found = engine.predict(
             source,
             data,
             backend=backend,
-            batch_size=section.batch_size,
+            batch_size=size,
+            task=task,
             film=film,
             emit=console.emit,
             stop=stop,

@@ -142,6 +142,7 @@ def infer(session: Session) -> None:
             resolve_env(section.data),
             backend=section.backend,
             batch_size=section.batch_size,
+            task=session.recipe.task,
             emit=session.emit,
             stop=stop,
         )

@@ -84,7 +84,7 @@ def split_of(workload: Workload, *, num_samples: int) -> Split:
         size=(workload.size, workload.size), channels=3, mean=(0.286,) * 3, std=(0.353,) * 3, interpolation="bilinear"
     )
     task = classify.Config()
-    facts = classify.facts(chosen.columns, task)
+    facts = classify.facts(chosen.columns, task, {})
     return Split(chosen, np.arange(num_samples), chosen.fingerprint, Resolved(spec), task, facts)
 
 

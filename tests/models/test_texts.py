@@ -229,5 +229,5 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) 
 
 def test_a_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vits"}))
-    with pytest.raises(RecipeError, match=r"is of the type 'vits', which is no classifier of images or texts"):
+    with pytest.raises(RecipeError, match=r"is of the type 'vits', which is neither a classifier of images or texts"):
         models.published(ModelConfig(name=f"transformers:{tmp_path}"))

@@ -39,7 +39,7 @@ def needs(config: Config) -> tuple[str, ...]:
     return ("label",)
 
 
-def facts(columns: Mapping[str, Column], config: Config) -> Facts:
+def facts(columns: Mapping[str, Column], config: Config, told: Mapping[str, Any]) -> Facts:
     column = columns.get("label")
     if not isinstance(column, Class):
         raise DataError("data.source: no label that says an amount")
@@ -74,7 +74,7 @@ def distill_loss(student: Tensors, teacher: Tensors, *, temperature: float) -> t
     return (student["amount"].float() - teacher["amount"].float()).square().mean()
 
 
-def signatures(given: Sequence[TensorSpec], facts: Facts) -> dict[str, Signature]:
+def signatures(given: Sequence[TensorSpec], facts: Facts, model: nn.Module | None = None) -> dict[str, Signature]:
     return {
         "scale": Signature(inputs=tuple(given), outputs=(TensorSpec(name="amount", dtype="float32", shape=(BATCH, 1)),))
     }

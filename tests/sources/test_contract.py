@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bmctl.core.columns import Class
+from bmctl.core.columns import Class, Real
 from bmctl.errors import DependencyError
 from bmctl.inputs import INPUTS
 from bmctl.schema import Strict
@@ -21,6 +21,7 @@ COLUMNS = {
     "text": ("text", "label"),
     "tabular": ("size", "label"),
     "observation": ("episode", "seed"),
+    "corpus": ("text", "num_bytes"),
 }
 """What a sample is seen by, and what a task is told of it."""
 
@@ -39,6 +40,7 @@ def configs(tmp_path: Path, save_images: SaveImages) -> dict[str, Strict]:
     (tmp_path / "rows.csv").write_text("\n".join(["size,kind", *rows]))
     fields = {
         "tabular": {"path": str(tmp_path / "rows.csv"), "label": "kind"},
+        "corpus": {"path": str(tmp_path / "texts.tsv"), "piece": 16, "val": 0.1, "test": 0.1},
         "table": {"path": str(tmp_path / "texts.tsv")},
         "gymnasium": {"env": "CartPole-v1"},
         "folder": {"root": str(tmp_path / "data")},
@@ -62,16 +64,18 @@ def test_samples_are_the_same_every_time_and_fit_together(configs: dict[str, Str
         assert len(samples) > 0
         last = len(samples) - 1
         records = samples.read([last, 0, last])
-        what, target = samples.columns
-        assert (what, target) == COLUMNS[SOURCES[kind].INPUT]
-        assert list(records) == [what, target]
-        targets = samples.read(range(len(samples)), only=(target,))
-        assert list(targets) == [target]
-        assert targets[target].dtype == np.int64
-        column = samples.columns[target]
-        most = len(column.names) if isinstance(column, Class) else column.size
-        assert targets[target].min() >= 0 and targets[target].max() < most
-        assert targets[target][[last, 0, last]].tolist() == records[target].tolist()
+        what, *others = samples.columns
+        assert (what, others[0]) == COLUMNS[kind if kind == "corpus" else SOURCES[kind].INPUT]
+        assert list(records) == list(samples.columns)
+        targets = samples.read(range(len(samples)), only=others)
+        assert list(targets) == others
+        for name in others:
+            column = samples.columns[name]
+            assert targets[name].dtype == (np.float32 if isinstance(column, Real) else np.int64)
+            assert targets[name][[last, 0, last]].tolist() == records[name].tolist()
+            if not isinstance(column, Real):
+                most = len(column.names) if isinstance(column, Class) else column.size
+                assert targets[name].min() >= 0 and targets[name].max() < most
         values = [np.asarray(value) for value in records[what]]
         if what == "picture":
             assert all(image.dtype == np.uint8 and image.ndim in (2, 3) for image in values)
@@ -91,7 +95,7 @@ def test_reading_step_by_step_gives_what_reading_gives(configs: dict[str, Strict
     steps = [[0, 1, 2], [], [5, 7]]
     for step, found in zip(steps, samples.read_each(steps), strict=True):
         expected = samples.read(step)
-        what, target = samples.columns
+        what, target, *_ = samples.columns
         assert list(found[target]) == list(expected[target])
         pairs = zip(found[what], expected[what], strict=True)
         assert all(np.array_equal(np.asarray(one), np.asarray(other)) for one, other in pairs)

@@ -69,9 +69,9 @@ def test_what_is_not_finite_is_no_prediction() -> None:
 
 
 def test_facts_are_those_of_a_number() -> None:
-    assert regress.facts({"value": Real(mean=3.0, std=2.0)}, CONFIG) == regress.Facts(mean=3.0, std=2.0)
+    assert regress.facts({"value": Real(mean=3.0, std=2.0)}, CONFIG, {}) == regress.Facts(mean=3.0, std=2.0)
     with pytest.raises(DataError, match="no number to predict"):
-        regress.facts({"label": Class(("a", "b"))}, CONFIG)
+        regress.facts({"label": Class(("a", "b"))}, CONFIG, {})
 
 
 def test_nothing_to_evaluate() -> None:

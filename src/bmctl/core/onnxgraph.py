@@ -8,9 +8,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from bmctl.errors import PackageError, RecipeError, UnsupportedError, first_line
 from bmctl.schema import BATCH, Signature, TensorSpec
@@ -189,6 +190,24 @@ def name_nodes(model: ModelProto) -> None:
         if not node.name or node.name in seen:
             node.name = f"{node.op_type}_{i}"
         seen.add(node.name)
+
+
+def fold_transposes(model: ModelProto) -> None:
+    """Store what the main graph turns before it multiplies by it as it is multiplied: a table that makes both
+    embeddings and scores is stored twice then, and can be quantized for the one and left alone for the other.
+    """
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    turned: set[str] = set()
+    for node in [node for node in model.graph.node if node.op_type == "Transpose" and node.input[0] in stored]:
+        array = numpy_helper.to_array(stored[node.input[0]])
+        axes = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), None)
+        folded = np.ascontiguousarray(array.transpose(axes))
+        model.graph.initializer.append(numpy_helper.from_array(folded, node.output[0]))
+        turned.add(node.input[0])
+        model.graph.node.remove(node)
+    used = {name for node, _ in walk(model) for name in node.input} | {value.name for value in model.graph.output}
+    for name in turned - used:
+        model.graph.initializer.remove(stored[name])
 
 
 def match_nodes(model: ModelProto, patterns: Sequence[str], *, where: str) -> list[str]:

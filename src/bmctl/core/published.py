@@ -35,6 +35,8 @@ class PublishedText(Strict):
         max_tokens: Most tokens of one text that the model takes.
         vocab_size: Number of token ids that published weights know.
         pad_id: The token that fills shorter texts up.
+        begin_id: The token that a text begins with.
+        end_id: The token that says that a text is over.
         files: Where the files of its tokenizer lie on this machine, by name: ``tokenizer.json``.
     """
 
@@ -42,6 +44,8 @@ class PublishedText(Strict):
     max_tokens: Count | None = None
     vocab_size: Count | None = None
     pad_id: Annotated[int, Field(ge=0)] | None = None
+    begin_id: Annotated[int, Field(ge=0)] | None = None
+    end_id: Annotated[int, Field(ge=0)] | None = None
     files: dict[str, str] = Field(default_factory=dict)
 
 

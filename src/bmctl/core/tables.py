@@ -88,6 +88,18 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, line.rstrip("\r\n")
 
 
+def read_text(path: Path) -> str:
+    """All of a file as it is, line ends and all; gzipped where it is called .gz.
+
+    Raises:
+        DataError: Not there, damaged, binary, or not UTF-8.
+    """
+    with _opened(path, encoding="utf-8") as file:
+        text = file.read()
+    _check_nul(text, where=str(path))
+    return text
+
+
 def _csv_rows(
     reader: Any, *, path: Path, wanted: Sequence[str] | None, names: Sequence[str] | None, skip: int, hint: str
 ) -> Iterator[Line]:
@@ -209,7 +221,7 @@ def _kind(path: Path) -> str:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[TextIO]:
+def _opened(path: Path, *, encoding: str = "utf-8-sig") -> Iterator[TextIO]:
     """A file for reading, without the mark that spreadsheets put in front; its errors in our words."""
     if not path.is_file():
         raise DataError(f"there is no file {path}", hint="check the path; it is relative to where bmctl is started")
@@ -217,9 +229,9 @@ def _opened(path: Path) -> Iterator[TextIO]:
     try:
         # newline="" leaves quoted newlines alone.
         with (
-            gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+            gzip.open(path, "rt", encoding=encoding, newline="")
             if path.suffix.lower() == ".gz"
-            else path.open(encoding="utf-8-sig", newline="")
+            else path.open(encoding=encoding, newline="")
         ) as file:
             yield file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

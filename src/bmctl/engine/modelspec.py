@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from bmctl.inputs import INPUTS, Resolved, specs
 from bmctl.models import ModelConfig, ModelSpec, resolve, spec_args
 from bmctl.schema import Signature
@@ -26,7 +28,7 @@ def model_spec(config: ModelConfig, *, given: Resolved, task: Any, facts: Any) -
     return resolve(ModelSpec(name=config.name, args=spec_args(config), given=specs(given), told=told))
 
 
-def signatures(*, given: Resolved, task: Any, facts: Any) -> dict[str, Signature]:
-    """What each graph of a task takes and gives, by name."""
-    found: dict[str, Signature] = TASKS[task.kind].signatures(specs(given), facts)
+def signatures(model: nn.Module, *, given: Resolved, task: Any, facts: Any) -> dict[str, Signature]:
+    """What each graph of a task over a model takes and gives, by name."""
+    found: dict[str, Signature] = TASKS[task.kind].signatures(specs(given), facts, model)
     return found

@@ -60,6 +60,9 @@ class Examples(Protocol):
 class Input(Protocol):
     """A module of this folder; `kind` in Config and Spec names it.
 
+    One that can be written as well, such as a text, has ``decode(values, *, given)``, and its `resolve` takes
+    ``writes``, which says that the task will.
+
     Attributes:
         Config: The recipe's `data.input`: None is left to publisher and data; and what only training does.
         Spec: Everything decided; it stands in manifests.

@@ -64,7 +64,11 @@ class Method(Protocol):
 
 
 class ModuleMethod(Method, Protocol):
-    """LEVEL = "module": changes weights or structure of an nn.Module in place."""
+    """LEVEL = "module": changes weights or structure of an nn.Module in place.
+
+    One whose structure is there for the recovery alone has ``finish(model, config, meta) -> meta`` as well: it is
+    called after the recovery, and what it returns is what `restore` is given of the finished package.
+    """
 
     def apply(self, model: nn.Module, config: StepConfig, context: MethodContext) -> Meta: ...
     def restore(self, model: nn.Module, config: StepConfig, meta: Meta) -> None:
@@ -85,6 +89,7 @@ METHODS: Mapping[str, ModuleType] = plugins(
     "structured",
     "magnitude",
     "svd",
+    "lora",
     "ptq",
     "cast",
 )

@@ -45,7 +45,8 @@ class ModelSpec(Strict):
 
     Attributes:
         given: What it takes, in order.
-        told: What data and task say of it: ``num_classes``, and of texts ``vocab_size``, ``max_tokens`` and ``pad_id``.
+        told: What data and task say of it: ``num_classes``, or ``head`` where it gives something else than classes; of
+            texts ``vocab_size``, ``max_tokens`` and ``pad_id``.
     """
 
     name: str
@@ -126,6 +127,24 @@ def check_text(spec: ModelSpec) -> None:
     if not takes_text(spec):
         raise RecipeError(
             f"model.name: {spec.name} takes texts; the data give {words(spec.given)}", hint="take a model for such data"
+        )
+
+
+def is_causal(spec: ModelSpec) -> bool:
+    """Whether it is to give logits of the next token, at every place."""
+    return spec.told.get("head") == "causal"
+
+
+def check_causal(spec: ModelSpec) -> None:
+    """Refuse tasks that want anything but logits of the next token.
+
+    Raises:
+        RecipeError: This one does.
+    """
+    if not is_causal(spec):
+        raise RecipeError(
+            f"model.name: {spec.name} is a language model, and this task needs another",
+            hint="set task.kind to lm, or take a model for the task, such as bmctl:encoder",
         )
 
 

@@ -1,4 +1,4 @@
-"""``transformers:NAME``: classifiers of images and of texts, whichever the data give.
+"""``transformers:NAME``: classifiers of images and of texts, whichever the data give, and causal language models.
 
 NAME is an architecture such as `vit` or `bert`, whose configuration `args` may change; or a repository on the hub such
 as `google/vit-base-patch16-224`, or a folder with config.json, model.safetensors and, for texts, tokenizer.json. Their
@@ -22,6 +22,7 @@ from bmctl.models.spec import (
     check_fits,
     construct,
     image_of,
+    is_causal,
     takes_text,
     told_of,
     unknown_argument,
@@ -35,7 +36,8 @@ CONFIG = "config_json"
 """The argument that holds a repository's configuration, so that the package can be built again without it."""
 TOKENIZER = "tokenizer.json"
 
-Kind = Literal["image", "text"]
+Kind = Literal["image", "text", "causal"]
+_WORDS = {"image": "classifier of images", "text": "classifier of texts", "causal": "causal language model"}
 # What would run code of others, read files, or is told by the data.
 _OURS = {
     "num_labels", "id2label", "label2id", "num_channels", "image_size", "vocab_size", "pad_token_id", "auto_map",
@@ -59,7 +61,7 @@ _ENDLESS = 1_000_000
 def names() -> list[str]:
     """The architectures; repositories are known to the hub alone."""
     # timm has a source of its own, with its own rules for what may be fetched.
-    return sorted({*_known("image"), *_known("text")} - {"timm_wrapper"})
+    return sorted({*_known("image"), *_known("text"), *_known("causal")} - {"timm_wrapper"})
 
 
 def is_elsewhere(bare: str) -> bool:
@@ -121,15 +123,13 @@ def drop_arguments(config: ModelConfig) -> Drops:
 
 
 def build(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
-    """A module from images, or from token ids and their mask, to logits [N, num_classes].
+    """A module from images, or from token ids and their mask, to logits of the classes or of the next token.
 
     Raises:
         RecipeError: An argument, a size, a number of channels or a tokenizer that the model does not take.
         DependencyError: transformers is not installed, or the weights cannot be downloaded.
     """
     repositories.require()
-    from bmctl.models.own.networks import ImageLogits, TextLogits
-
     check_fits(spec, reserved=_OURS)
     spec = resolve(spec)
     stored = json.loads(str(spec.args[CONFIG])) if CONFIG in spec.args else {}
@@ -138,10 +138,11 @@ def build(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
     if strange:
         raise RecipeError(f"model.args: {strange[0]} may not be set", hint=f"remove {strange[0]} from model.args")
     architecture = str(stored["model_type"]) if stored else bare_name(spec.name)
-    kind: Kind = "text" if takes_text(spec) else "image"
+    kind: Kind = "image" if not takes_text(spec) else "causal" if is_causal(spec) else "text"
     if architecture not in _known(kind):
-        others = {"text": "images", "image": "texts"}[kind]
-        takes = f"takes {others}" if architecture in names() else "is no classifier of transformers"
+        others: dict[Kind, Kind] = {"image": "text", "text": "image"}
+        is_of_others = kind in others and architecture in _known(others[kind])
+        takes = f"takes {others[kind]}s" if is_of_others else f"is no {_WORDS[kind]} of transformers"
         raise RecipeError(
             f"model.name: {spec.name} {takes}; the data give {words(spec.given)}",
             hint=f"take one of the types {', '.join(sorted(_known(kind))[:8])}, ...",
@@ -152,12 +153,33 @@ def build(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
 
     def make() -> nn.Module:
         values = {key: value for key, value in {**stored, **changes}.items() if key != "model_type"}
-        config = _config(architecture, {**values, "num_labels": told_of(spec, "num_classes")})
-        told = _tell_text if kind == "text" else _tell_image
+        labels = {} if kind == "causal" else {"num_labels": told_of(spec, "num_classes")}
+        config = _config(architecture, {**values, **labels})
+        told = _tell_image if kind == "image" else _tell_text
         told(config, spec, is_stored=CONFIG in spec.args, pretrained=pretrained)
         return _make(spec, config, kind=kind, pretrained=pretrained)
 
-    return (TextLogits if kind == "text" else ImageLogits)(construct(make, spec=spec))
+    return _plain(construct(make, spec=spec), spec, kind=kind)
+
+
+def _plain(model: nn.Module, spec: ModelSpec, *, kind: Kind) -> nn.Module:
+    """Called by position, giving tensors.
+
+    Raises:
+        RecipeError: A language model that keeps something else than keys and values, or counts places itself.
+    """
+    from bmctl.models.own.networks import ImageLogits, TextLogits
+
+    if kind != "causal":
+        return {"image": ImageLogits, "text": TextLogits}[kind](model)
+    from bmctl.models.own import causal
+
+    try:
+        return causal.wrapped(model, max_tokens=told_of(spec, "max_tokens"))
+    except causal.OtherKindError as error:
+        raise RecipeError(
+            f"model.name: {spec.name} {error}", hint="take another architecture, such as transformers:llama"
+        ) from error
 
 
 def _make(spec: ModelSpec, config: Any, *, kind: Kind, pretrained: bool) -> nn.Module:
@@ -167,6 +189,7 @@ def _make(spec: ModelSpec, config: Any, *, kind: Kind, pretrained: bool) -> nn.M
     of_kind = {
         "image": transformers.AutoModelForImageClassification,
         "text": transformers.AutoModelForSequenceClassification,
+        "causal": transformers.AutoModelForCausalLM,
     }[kind]
     with repositories.quiet():
         if not pretrained:
@@ -184,7 +207,7 @@ def _make(spec: ModelSpec, config: Any, *, kind: Kind, pretrained: bool) -> nn.M
                 dtype="float32",
                 output_loading_info=True,
             )
-    body = f"{model.base_model_prefix}."
+    body = f"{model.base_model_prefix}." if kind != "causal" else ""  # of a language model the head is needed as well
     missing = sorted(key for key in found["missing_keys"] if key.startswith(body) and "pooler" not in key)
     others = sorted(str(key[0]) for key in found["mismatched_keys"] if str(key[0]).startswith(body))
     if missing or others:
@@ -245,25 +268,33 @@ def _text(name: str, raw: dict[str, Any]) -> PublishedText:
     settings = repositories.fetch_json(name, "tokenizer_config.json", default={})
     limits = (raw.get("max_position_embeddings"), settings.get("model_max_length"))
     longest = min((each for each in limits if isinstance(each, int) and 0 < each < _ENDLESS), default=None)
-    pad_id = raw.get("pad_token_id")
     return PublishedText(
         max_tokens=longest,
         vocab_size=raw.get("vocab_size"),
-        pad_id=pad_id if isinstance(pad_id, int) and pad_id >= 0 else None,
+        pad_id=_id(raw.get("pad_token_id")),
+        begin_id=_id(raw.get("bos_token_id")),
+        end_id=_id(raw.get("eos_token_id")),
         files={TOKENIZER: str(path)} if path else {},
     )
 
 
+def _id(value: Any) -> int | None:
+    """A token; the first of several, as models have that end in many ways."""
+    first = value[0] if isinstance(value, list) and value else value
+    return first if type(first) is int and first >= 0 else None
+
+
 def _known(kind: Kind) -> frozenset[str]:
-    """The architectures that classify images, or texts."""
+    """The architectures that classify images, or texts, or go on with texts."""
     repositories.require()
     from transformers.models.auto import modeling_auto
 
-    return frozenset(
-        modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-        if kind == "image"
-        else modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-    )
+    found = {
+        "image": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        "text": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    }
+    return frozenset(found[kind])
 
 
 def _config(architecture: str, values: dict[str, Any]) -> Any:
@@ -294,7 +325,7 @@ def _repository_config(name: str) -> dict[str, Any]:
     if found.get("model_type") not in names():
         raise RecipeError(
             f"model.name: transformers:{name} is of the type {found.get('model_type')!r}, "
-            "which is no classifier of images or texts of transformers",
+            "which is neither a classifier of images or texts nor a language model of transformers",
             hint=f"take one of the types {', '.join(names()[:8])}, ...",
         )
     return found

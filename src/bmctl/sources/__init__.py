@@ -98,4 +98,5 @@ SOURCES: Mapping[str, ModuleType] = plugins(
     "table",
     "tabular",
     "gymnasium",
+    "corpus",
 )

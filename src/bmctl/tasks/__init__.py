@@ -68,6 +68,11 @@ class Task(Protocol):
     One whose samples can be seen may have a ``film(runners, batch, *, config, facts) -> bytes``: an animated GIF of
     the first sample of a batch.
 
+    A task that writes what the input reads says ``WRITES = True``: inputs must be able to `decode` then, and `predict`
+    is given that as `decode`. A task whose graphs have free axes of its own has ``axes(facts)``, their sizes by name.
+    One whose samples are no requests has ``rehearse(runners, batch, *, config, facts)``, which calls the graphs as
+    predicting does: calls are recorded from it in place of `predict`.
+
     Attributes:
         Facts: What the task must know of the data to be run again without them; manifests keep it.
         GIVES: Names of the model's outputs, in the order in which it gives them.
@@ -87,7 +92,13 @@ class Task(Protocol):
         """Columns that the targets are taken from: the model does not see them."""
         ...
 
-    def facts(self, columns: Mapping[str, Column], config: Any) -> Strict: ...
+    def facts(self, columns: Mapping[str, Column], config: Any, told: Mapping[str, Any]) -> Strict | None:
+        """Args:
+        told: What the input tells models, such as the size of a vocabulary. Before that is decided it is empty: then
+            the columns are looked at, and a task that needs it gives None.
+        """
+        ...
+
     def balance(self, config: Any) -> str | None:
         """The column of which `limit` takes the classes in equal numbers; None takes samples as they come."""
         ...
@@ -103,11 +114,14 @@ class Task(Protocol):
         ...
 
     def distill_loss(self, student: Tensors, teacher: Tensors, *, temperature: float) -> torch.Tensor: ...
-    def signatures(self, given: Sequence[TensorSpec], facts: Any) -> dict[str, Signature]:
+    def signatures(
+        self, given: Sequence[TensorSpec], facts: Any, model: nn.Module | None = None
+    ) -> dict[str, Signature]:
         """What each graph takes and gives.
 
         Args:
             given: What the input makes of samples.
+            model: Where sizes are its own affair, such as those of a cache; None of a graph that came without one.
         """
         ...
 
@@ -156,7 +170,13 @@ TASKS: Mapping[str, ModuleType] = plugins(
     "classify",
     "regress",
     "dqn",
+    "lm",
 )
+
+
+def writes(kind: str) -> bool:
+    """Whether a task makes what its input reads, such as texts."""
+    return bool(getattr(TASKS[kind], "WRITES", False))
 
 
 def parts_of(task: Any, model: nn.Module, signatures: Mapping[str, Signature]) -> dict[str, Part]:

@@ -54,7 +54,7 @@ def needs(config: Config) -> tuple[str, ...]:
     return (LABEL,)
 
 
-def facts(columns: Mapping[str, Column], config: Config) -> Facts:
+def facts(columns: Mapping[str, Column], config: Config, told: Mapping[str, Any]) -> Facts:
     """The classes.
 
     Raises:
@@ -139,7 +139,7 @@ def distill_loss(
 # -- graphs -----------------------------------------------------------------------------------------
 
 
-def signatures(given: Sequence[TensorSpec], facts: Facts) -> dict[str, Signature]:
+def signatures(given: Sequence[TensorSpec], facts: Facts, model: nn.Module | None = None) -> dict[str, Signature]:
     """A classifier is one graph: from what the input gives to a row of scores per sample."""
     shape = (BATCH, len(facts.class_names))
     logits = TensorSpec(name="logits", dtype="float32", shape=shape, role="scores", meaning="class scores")

@@ -59,7 +59,7 @@ def needs(config: Config) -> tuple[str, ...]:
     return (VALUE,)
 
 
-def facts(columns: Mapping[str, Column], config: Config) -> Facts:
+def facts(columns: Mapping[str, Column], config: Config, told: Mapping[str, Any]) -> Facts:
     """Mean and deviation of the training values.
 
     Raises:
@@ -126,7 +126,7 @@ def distill_loss(student: Tensors, teacher: Tensors, *, temperature: float) -> t
 # -- graphs -----------------------------------------------------------------------------------------
 
 
-def signatures(given: Sequence[TensorSpec], facts: Facts) -> dict[str, Signature]:
+def signatures(given: Sequence[TensorSpec], facts: Facts, model: nn.Module | None = None) -> dict[str, Signature]:
     """One graph: from what the input gives to a number per sample."""
     meaning = f"in deviations: times {facts.std:.9g}, plus {facts.mean:.9g}"
     made = TensorSpec(name=OUTPUT, dtype="float32", shape=(BATCH, 1), meaning=meaning)

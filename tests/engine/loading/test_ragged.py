@@ -42,7 +42,7 @@ def split() -> Split:
     samples = ArraySamples(columns, {"text": TEXTS, "label": np.arange(40) % 2}, "f")
     given = Resolved(*text.resolve(text.Config(max_tokens=64), Examples(), published={}))
     task = classify.Config()
-    facts = classify.facts(columns, task)
+    facts = classify.facts(columns, task, {})
     return Split(text.prepare(samples, given=given, folder=None), np.arange(40), "f", given, task, facts)
 
 

@@ -46,6 +46,12 @@ def resolve(published: Mapping[str, Any] | None = None, texts: list[str] = TEXTS
     return Resolved(*found)
 
 
+def written(texts: list[str] = TEXTS, published: Mapping[str, Any] | None = None, **asked: Any) -> Resolved:
+    """As for a task that writes texts."""
+    config = text.Config.model_validate(asked)
+    return Resolved(*text.resolve(config, Examples(texts), published=published or {}, writes=True))
+
+
 def decoded(given: Resolved, ids: np.ndarray) -> str:
     tokenizer: Tokenizer = Tokenizer.from_str(given.files["tokenizer.json"].decode())
     return tokenizer.decode(ids.tolist())
@@ -66,7 +72,7 @@ def test_a_trained_tokenizer_gives_texts_back(kind: str) -> None:
 SCRIPT = """
 import hashlib, json, sys
 from bmctl.inputs.text import TokenizerConfig
-from bmctl.inputs.text.tokens import train
+from bmctl.inputs.text.trained import train
 texts = [f"{a}{b} {b}{c} {c}" for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvw"]
 for kind in ("wordpiece", "bpe"):
     made = train(texts, config=TokenizerConfig(kind=kind, vocab_size=400))
@@ -259,3 +265,61 @@ def test_arrays_of_strings_are_texts() -> None:
     given = resolve()
     assert text.unprepared({"x": np.array(["a", "b"])}, given=given, name="a.npz") == {"text": ["a", "b"]}
     assert text.unprepared(text.encode({"text": TEXTS}, given=given), given=given, name="a.npz") is None
+
+
+# -- texts that are written -------------------------------------------------------------------------
+
+AWKWARD = [
+    " two  spaces\tand\r\nlines \n\n", "É e\u0301 ﬁ 中文 🙂", "[CLS] [PAD] [SEP]", "\u200d\ufeff\x00\x7f", " ",
+    "NO lowercase",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("awkward", AWKWARD)
+def test_a_text_that_is_written_comes_back_byte_for_byte(awkward: str) -> None:
+    given = written()
+    found = text.encode({"text": [awkward]}, given=given)
+    ids = found["input_ids"][0][found["attention_mask"][0] == 1]
+    assert ids[0] == given.spec.begin_id
+    assert given.spec.end_id not in ids
+    assert not {given.spec.begin_id, given.spec.pad_id} & set(ids[1:].tolist()), (
+        "names of tokens are text like any other"
+    )
+    assert text.decode(ids.tolist(), given=given) == awkward
+    assert text.decode([*ids.tolist(), given.spec.end_id, given.spec.pad_id], given=given) == awkward
+
+
+def test_texts_that_are_written_are_whole_or_refused() -> None:
+    given = written()
+    longest = max(len(row) for row in text.encode({"text": TEXTS}, given=given)["input_ids"])
+    assert given.spec.max_tokens > longest, "others may be a little longer"
+    short = written(max_tokens=8)
+    with pytest.raises(DataError, match=r"a text has \d+ tokens, and the model takes 8"):
+        text.encode({"text": TEXTS}, given=short)
+    samples = ArraySamples({"text": Text()}, {"text": np.array(TEXTS, object)}, "f")
+    with pytest.raises(DataError, match="and the model takes 8"):
+        text.prepare(samples, given=short, folder=None)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "pattern"),
+    [({"kind": "wordpiece"}, "kind: wordpiece loses spaces"), ({"lowercase": True}, "lowercase: True loses capitals")],
+)
+def test_a_tokenizer_that_loses_something_is_refused_for_writing(tokenizer: dict[str, Any], pattern: str) -> None:
+    with pytest.raises(RecipeError, match=pattern):
+        written(tokenizer=tokenizer)
+
+
+def test_a_publishers_tokenizer_gets_a_token_before_texts_and_none_after(tmp_path: Path) -> None:
+    """As GPT-2's, which has one token for both; and where config.json says which, they are those."""
+    own = json.loads(written().files["tokenizer.json"])
+    own["post_processor"] = None
+    own["model"]["vocab"]["<|endoftext|>"] = len(own["model"]["vocab"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(own))
+    published = {"files": {"tokenizer.json": str(tmp_path / "tokenizer.json")}, "vocab_size": 900, "pad_id": 0}
+    given = written(published=published)
+    assert given.spec.end_id == 3 and given.spec.begin_id == 2, "[SEP] and [CLS]"
+    said = written(published=published | {"begin_id": 40, "end_id": 41})
+    ids = text.encode({"text": ["Crude oil"]}, given=said)["input_ids"][0].tolist()
+    assert ids[0] == 40 and 41 not in ids
+    assert text.decode(ids, given=said) == "Crude oil"

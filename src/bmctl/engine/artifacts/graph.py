@@ -6,11 +6,13 @@ Source: torch.onnx with dynamo=True, https://docs.pytorch.org/docs/stable/onnx_e
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,6 +22,7 @@ from torch import nn
 from bmctl.backends import onnxruntime
 from bmctl.core import onnxgraph
 from bmctl.core.calling import call
+from bmctl.core.noise import axis_size
 from bmctl.core.quiet import listening
 from bmctl.engine.artifacts import parity
 from bmctl.errors import BmctlError, GateError, UnsupportedError, first_line
@@ -121,7 +124,10 @@ class _Proof:
 
 
 def _sizes(signature: Signature, example: Feed, axes: Mapping[str, Span] | None) -> list[dict[str, int]]:
-    """Two sizes of every free axis other than the traced one: a smaller and a larger, all of them at once."""
+    """Two sizes of every free axis other than the traced one: a smaller and a larger, all of them at once.
+
+    An axis called ``past + tokens`` is as long as both.
+    """
     traced = {
         axis: example[spec.name].shape[i]
         for spec in signature.inputs
@@ -130,14 +136,16 @@ def _sizes(signature: Signature, example: Feed, axes: Mapping[str, Span] | None)
     }
     low, high = {}, {}
     for axis, size in traced.items():
+        if "+" in axis:
+            continue
         if axis == BATCH:
             low[axis], high[axis] = 1, TRACED + 3
             continue
         span = (axes or {}).get(axis)
         asked = [span.min, span.opt, span.max] if span else [max(1, size // 2), size + 3]
-        others = [each for each in asked if each != size and each > 0] or [size]
+        others = [each for each in asked if each != size] or [size]
         low[axis], high[axis] = others[0], others[-1]
-    return [low, high]
+    return [{axis: axis_size(axis, sizes) for axis in traced} for sizes in (low, high)]
 
 
 def _prove(model: nn.Module, signature: Signature, feed: dict[str, np.ndarray]) -> _Proof:
@@ -165,8 +173,7 @@ def _convert(model: nn.Module, signature: Signature, example: Feed) -> onnx.Mode
             model,
             tuple(torch.from_numpy(example[spec.name]) for spec in signature.inputs),
             dynamo=True,
-            # By position: as a dict its keys would have to be the forward's own argument names.
-            dynamic_shapes=tuple(free),
+            dynamic_shapes=_by_position(model, free),
             input_names=[spec.name for spec in signature.inputs],
             output_names=[spec.name for spec in signature.outputs],
             opset_version=OPSET,
@@ -177,6 +184,15 @@ def _convert(model: nn.Module, signature: Signature, example: Feed) -> onnx.Mode
         raise _unsupported(model, error) from error
     assert program is not None
     return program.model_proto
+
+
+def _by_position(model: nn.Module, free: list[dict[int, str]]) -> tuple[Any, ...]:
+    """As the forward takes them: as a dict its keys would have to be the forward's own argument names."""
+    kinds = [one.kind for one in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return tuple(free)
+    named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*free[:named], tuple(free[named:]))
 
 
 def _unsupported(model: nn.Module, error: BaseException) -> UnsupportedError:

@@ -57,6 +57,20 @@ def of_part(calls: Sequence[Call], part: str) -> Iterator[Call]:
     return (call for call in calls if call.part == part)
 
 
+def example_of(calls: Sequence[Call], part: str) -> Call:
+    """A call of one graph whose free axes, but the samples', are all longer than 1, as far as there is one.
+
+    Tracing takes an axis of size 0 or 1 for a fixed one.
+    """
+
+    def is_long(call: Call) -> bool:
+        sizes = (zip(spec.shape, call.feed[spec.name].shape, strict=True) for spec in call.signature.inputs)
+        return all(size > 1 for each in sizes for axis, size in each if isinstance(axis, str) and axis != BATCH)
+
+    own = list(of_part(calls, part))
+    return next(filter(is_long, own), own[0])
+
+
 def cut(call: Call, num_samples: int) -> Call:
     """The first samples of a call; all of it where its graph has a fixed batch."""
     specs = (*call.signature.inputs, *call.signature.outputs)

@@ -17,7 +17,7 @@ from bmctl.core.evaluation import Evaluation
 from bmctl.core.runner import Runner
 from bmctl.engine.artifacts.graph import export_onnx
 from bmctl.engine.artifacts.opening import open_model, open_parts, task_of
-from bmctl.engine.artifacts.recording import of_part
+from bmctl.engine.artifacts.recording import example_of, of_part
 from bmctl.engine.checkpoints.consolidate import About
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import appraise, feeds, measure
@@ -101,6 +101,8 @@ def _module_step(work: Work) -> None:
     metrics: dict[str, Any] = {}
     if step.recover is not None:
         model, metrics = _recover(work, step, model, meta)
+    if hasattr(METHODS[step.method], "finish"):
+        meta = METHODS[step.method].finish(model, step, meta)
     model.eval()
 
     def publish() -> None:
@@ -202,7 +204,7 @@ def _parent_graphs(work: Work, stack: ExitStack) -> tuple[dict[str, Runner], dic
     calls = feeds.example_calls(work.context, parent, runners)
     for name, part in parts_of(task_of(manifest.task), model, manifest.parts).items():
         files[name] = work.folder / f"{name}-parent.onnx"
-        example = next(of_part(calls, name)).feed
+        example = example_of(calls, name).feed
         axes = feeds.axes_of(work.context, manifest, part.signature)
         for text in export_onnx(part.module, signature=part.signature, example=example, out=files[name], axes=axes):
             work.note(text)

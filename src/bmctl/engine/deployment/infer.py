@@ -7,6 +7,7 @@ import io
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from bmctl.engine.artifacts.opening import task_of
 from bmctl.engine.deployment.choose import Chosen, open_source
 from bmctl.engine.deployment.requests import open_requests
 from bmctl.errors import PackageError, UnsupportedError
+from bmctl.inputs import INPUTS, specs
 from bmctl.package import PART
 from bmctl.processes.signals import Stop
-from bmctl.schema import Emit
-from bmctl.tasks import TASKS
+from bmctl.schema import Emit, TensorSpec
+from bmctl.tasks import TASKS, writes
 
 STAGE = "infer"
 EVENT_PERIOD_S = 0.5
@@ -60,6 +62,7 @@ def predict(
     batch_size: int = 64,
     on_bad: OnBad = "refuse",
     film: Path | None = None,
+    task: Any = None,
     emit: Emit = _silent,
     stop: Stop | None = None,
 ) -> Predictions:
@@ -74,6 +77,7 @@ def predict(
         batch_size: Samples per call, within what the artifact takes.
         on_bad: What bad files among many do.
         film: Takes an animated GIF of the first sample, of a task that can draw one.
+        task: Its Config in place of the model's own, where they are of one kind: how to predict, not what.
         emit: Notes (which artifact, and why) and progress.
         stop: Looked at before every batch.
 
@@ -89,13 +93,13 @@ def predict(
     chosen = open_source(Path(artifact), backend=backend, batch_size=batch_size)
     try:
         emit({"event": "note", "stage": STAGE, "text": f"model: {chosen.why}"})
-        task, options = _reader(chosen)
-        if film is not None and not hasattr(task, "film"):
+        read, options = _reader(chosen, asked=task)
+        if film is not None and not hasattr(read, "film"):
             raise UnsupportedError("there is nothing to film in what this model predicts", hint="--format jsonl or csv")
         highs = [high for axes, (_, high) in map(batch_axes, chosen.runners.values()) if axes and high is not None]
         requests = open_requests(
             inputs,
-            inputs=next(iter(chosen.runners.values())).signature.inputs,
+            inputs=_asked(chosen),
             given=chosen.given,
             batch_size=min([batch_size, *highs]),
             on_bad=on_bad,
@@ -105,11 +109,11 @@ def predict(
         chosen.stack.close()
         raise
     return Predictions(
-        _stream(chosen, requests, task=task, options=options, film=film, emit=emit, stop=stop or Stop()), task
+        _stream(chosen, requests, task=read, options=options, film=film, emit=emit, stop=stop or Stop()), read
     )
 
 
-def _reader(chosen: Chosen) -> tuple[Any, dict[str, Any]]:
+def _reader(chosen: Chosen, *, asked: Any) -> tuple[Any, dict[str, Any]]:
     """The task that reads the outputs, with its config and facts; a classifier where nobody says, and it looks so."""
     task = task_of(chosen.task)
     if task is None:
@@ -118,8 +122,30 @@ def _reader(chosen: Chosen) -> tuple[Any, dict[str, Any]]:
             shapes = ", ".join(f"{spec.name!r} {list(spec.shape)}" for spec in outputs)
             raise UnsupportedError(f"the model gives {shapes}; a classifier gives one output [n, classes]")
         return TASKS["classify"], {"config": TASKS["classify"].Config(), "facts": None}
-    options = {"config": task.Config.model_validate(chosen.task), "facts": task.Facts.model_validate(chosen.facts)}
-    told = task.signatures(next(iter(chosen.runners.values())).signature.inputs, options["facts"])
+    own = task.Config.model_validate(chosen.task)
+    config = asked if asked is not None and asked.kind == own.kind else own
+    options: dict[str, Any] = {"config": config, "facts": task.Facts.model_validate(chosen.facts)}
+    if writes(options["config"].kind) and chosen.given is not None:
+        options["decode"] = partial(INPUTS[chosen.given.spec.kind].decode, given=chosen.given)
+    else:
+        _check_outputs(chosen, task, options["facts"])
+    return task, options
+
+
+def _asked(chosen: Chosen) -> Sequence[TensorSpec]:
+    """What samples are made into: what the model takes, without a cache and the like, which are the task's affair."""
+    inputs = next(iter(chosen.runners.values())).signature.inputs
+    if chosen.given is None:
+        return inputs
+    of_input = specs(chosen.given)
+    return of_input if {spec.name for spec in of_input} < {spec.name for spec in inputs} else inputs
+
+
+def _check_outputs(chosen: Chosen, task: Any, facts: Any) -> None:
+    """Raises:
+    PackageError: A graph gives something else than the task makes of its facts.
+    """
+    told = task.signatures(next(iter(chosen.runners.values())).signature.inputs, facts)
     for part, runner in chosen.runners.items():
         for want, got in zip(told[part].outputs, runner.signature.outputs, strict=True):
             fixed = zip(want.shape, got.shape, strict=False)
@@ -127,7 +153,6 @@ def _reader(chosen: Chosen) -> tuple[Any, dict[str, Any]]:
                 raise PackageError(
                     f"{part} gives {got.name!r} {list(got.shape)}, its manifest's facts {list(want.shape)}"
                 )
-    return task, options
 
 
 def to_jsonl(predictions: Iterable[Prediction]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from bmctl.core.runner import Runner
 from bmctl.engine.artifacts.graph import export_onnx
 from bmctl.engine.artifacts.graphrunner import open_reference
 from bmctl.engine.artifacts.opening import open_model, task_of
-from bmctl.engine.artifacts.recording import Call, of_part
+from bmctl.engine.artifacts.recording import Call, example_of
 from bmctl.engine.context import StageContext
 from bmctl.engine.evaluation import feeds
 from bmctl.errors import GateError
@@ -60,7 +60,7 @@ def make_reference(context: StageContext, package: ModelPackage, folder: Path) -
     for name, part in parts_of(task_of(package.manifest.task), model, package.manifest.parts).items():
         context.stop.check("export")
         graphs[name] = folder / f"{name}.onnx"
-        example = next(of_part(calls, name)).feed
+        example = example_of(calls, name).feed
         axes = feeds.axes_of(context, package.manifest, part.signature)
         try:
             said = export_onnx(part.module, signature=part.signature, example=example, out=graphs[name], axes=axes)

@@ -85,6 +85,7 @@ def axes_of(context: StageContext, manifest: Manifest, signature: Signature) -> 
         RecipeError: The recipe asks for more than the input ever gives.
     """
     of_input = INPUTS[manifest.input.kind].axes(manifest.input) if manifest.input is not None else {}
+    of_input = {**of_input, **_axes_of_task(manifest)}
     asked = context.recipe.export.axes
     for axis, most in of_input.items():
         if axis in asked and asked[axis].max > most.max:
@@ -94,6 +95,15 @@ def axes_of(context: StageContext, manifest: Manifest, signature: Signature) -> 
             )
     usual = {axis: Span() for axis in signature.axes if "+" not in axis}
     return complete_axes(signature, usual | manifest.axes | dict(of_input) | asked)
+
+
+def _axes_of_task(manifest: Manifest) -> dict[str, Span]:
+    """Sizes of the axes that the task brings along, such as the length of a cache."""
+    task = task_of(manifest.task)
+    if task is None or not hasattr(task, "axes"):
+        return {}
+    found: dict[str, Span] = task.axes(task.Facts.model_validate(manifest.facts))
+    return found
 
 
 def calibration_calls(
@@ -160,7 +170,10 @@ def _recorded(
         return calls
     config = task.Config.model_validate(package.manifest.task)
     facts = task.Facts.model_validate(package.manifest.facts)
-    all(True for _ in task.predict(listening, batch, config=config, facts=facts))
+    if hasattr(task, "rehearse"):
+        task.rehearse(listening, batch, config=config, facts=facts)
+    else:
+        all(True for _ in task.predict(listening, batch, config=config, facts=facts))
     return calls
 
 

@@ -30,7 +30,7 @@ from bmctl.inputs import INPUTS, Resolved
 from bmctl.models import ModelConfig, ModelSpec
 from bmctl.package import Manifest, ModelPackage, list_packages, open_package
 from bmctl.schema import BATCH, Signature
-from bmctl.tasks import classify
+from bmctl.tasks import classify, writes
 
 EXAMPLE_SIZE = 16
 """Of free axes other than the batch, where multiply-accumulates are counted."""
@@ -171,6 +171,9 @@ def _find_done(context: StageContext, target: Path, *, key: str) -> ModelPackage
 def _published(context: StageContext, config: ModelConfig) -> Imported:
     config = config.model_copy(update={"pretrained": True})
     known = models.published(config)
+    task: Any = context.recipe.task
+    if known.has_weights and task is not None and writes(task.kind):
+        return _writer(context, config, known=known, task=task)
     if known.num_classes is None:
         told = "brings no classifier" if known.has_weights else "has no published weights"
         raise RecipeError(
@@ -182,6 +185,15 @@ def _published(context: StageContext, config: ModelConfig) -> Imported:
     spec = model_spec(config, given=given, task=classify.Config(), facts=facts)
     context.emit({"event": "note", "stage": STAGE, "text": f"{config.name}: taking the published weights"})
     return Imported(spec, models.build(spec, pretrained=True), given, classify.Config(), facts)
+
+
+def _writer(context: StageContext, config: ModelConfig, *, known: Published, task: Any) -> Imported:
+    """A model of the recipe's task, which has no classes: its data say what there is to know."""
+    given = _input(context, config, known=known)
+    facts = loading.open_split(context.data, name="val", given=given).facts
+    spec = model_spec(config, given=given, task=task, facts=facts)
+    context.emit({"event": "note", "stage": STAGE, "text": f"{config.name}: taking the published weights"})
+    return Imported(spec, models.build(spec, pretrained=True), given, task, facts)
 
 
 def _state_dict(context: StageContext, config: ModelConfig, *, path: Path, match: statedict.Match) -> Imported:
@@ -290,7 +302,7 @@ def _publish(
         stage=STAGE,
         key=key,
         model=found.spec,
-        parts=signatures(given=found.given, task=found.task, facts=facts),
+        parts=signatures(model, given=found.given, task=found.task, facts=facts),
         input=found.given.spec,
         facts=facts.model_dump(mode="json"),
         notes=(f"imported from {source}", *found.notes),

@@ -21,7 +21,7 @@ from bmctl.inputs import INPUTS, Records, Resolved
 from bmctl.models import ModelConfig, published
 from bmctl.recipe.sections import DataConfig, Recipe
 from bmctl.sources import SOURCES, Samples
-from bmctl.tasks import TASKS
+from bmctl.tasks import TASKS, writes
 
 MOST_OF_STREAM = 4096
 """Calibration samples of a stream, which is read in order, so that its beginning need not hold all classes."""
@@ -64,8 +64,8 @@ class Data:
             samples: Samples = SOURCES[source.kind].open(source, split=split)
             if len(samples) == 0:
                 raise DataError(f"data.source: the {split} split is empty")
-            if (task := self.recipe.task) is not None:
-                TASKS[task.kind].facts(samples.columns, task)  # says what the task misses before anybody looks for it
+            if (task := self.recipe.task) is not None:  # says what the task misses before anybody looks for it
+                TASKS[task.kind].facts(samples.columns, task, {})
             self._opened[split] = samples
         return self._opened[split]
 
@@ -116,13 +116,15 @@ def open_split(data: Data, *, name: str, given: Resolved, augment: bool = False,
     """
     samples, indices, task = data.samples(data.split_of(name)), data.chosen(name), data.recipe.task
     module = INPUTS[given.spec.kind]
+    if facts is None and task is not None:
+        facts = TASKS[task.kind].facts(samples.columns, task, module.told(given))
     return Split(
         samples=module.prepare(samples, given=given, folder=data.folder),
         indices=indices,
         fingerprint=hashlib.sha256(samples.fingerprint.encode() + indices.astype("<i8").tobytes()).hexdigest(),
         given=given,
         task=task,
-        facts=facts or (TASKS[task.kind].facts(samples.columns, task) if task is not None else None),
+        facts=facts,
         asked=data.section.input if augment and data.section.input.kind == given.spec.kind else None,
     )
 
@@ -175,5 +177,12 @@ def resolve_input(data: Data, *, model: ModelConfig | None = None, asked: Any = 
     model = model or data.recipe.model
     said = published(model).of(asked.kind) if model else {}
     module = INPUTS[asked.kind]
-    columns = input_columns(data.samples("train").columns, kind=asked.kind, task=data.recipe.task)
-    return Resolved(*module.resolve(asked, TrainingExamples(data, columns), published=said))
+    task: Any = data.recipe.task
+    columns = input_columns(data.samples("train").columns, kind=asked.kind, task=task)
+    options = {"writes": True} if task is not None and writes(task.kind) else {}
+    if options and not hasattr(module, "decode"):
+        raise RecipeError(
+            f"data.input.kind: the task {task.kind} writes, and {asked.kind} cannot be written",
+            hint="set data.input.kind to text",
+        )
+    return Resolved(*module.resolve(asked, TrainingExamples(data, columns), published=said, **options))

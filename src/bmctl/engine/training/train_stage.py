@@ -94,7 +94,7 @@ def _build(context: StageContext, train: Split) -> tuple[nn.Module, About, tuple
     spec = model_spec(recipe.model, given=train.given, task=train.task, facts=train.facts)
     effects.seed_all(recipe.seed, stage="build")
     model = build(spec, pretrained=recipe.model.pretrained)
-    return model, _about(context, spec, train), _new_head(recipe.model, spec)
+    return model, _about(context, spec, model, train), _new_head(recipe.model, spec)
 
 
 def _load(context: StageContext, start: ModelPackage, train: Split) -> tuple[nn.Module, About, tuple[str, ...]]:
@@ -110,15 +110,15 @@ def _load(context: StageContext, start: ModelPackage, train: Split) -> tuple[nn.
                 f"the training data have {found}",
                 hint="train the recipe's own model, which fits: bmctl train --recipe RECIPE",
             )
-    about = _about(context, spec, train)
+    about = _about(context, spec, model, train)
     return model, about.model_copy(update={"history": start.manifest.history}), ()
 
 
-def _about(context: StageContext, spec: ModelSpec, train: Split) -> About:
+def _about(context: StageContext, spec: ModelSpec, model: nn.Module, train: Split) -> About:
     recipe, given = context.recipe, train.given
     return About(
         model=spec,
-        parts=signatures(given=given, task=train.task, facts=train.facts),
+        parts=signatures(model, given=given, task=train.task, facts=train.facts),
         input=given.spec,
         files={name: content.decode() for name, content in given.files.items()},
         task=train.task.model_dump(mode="json"),

@@ -82,7 +82,7 @@ def runners(training: Training) -> dict[str, Runner]:
     Where the model itself is the one graph, each rank computes its share of the rows; the graphs of several, which may
     call each other in turn, are computed whole by every rank, in lock step.
     """
-    signatures = training.task.signatures(training.train.specs, training.train.facts)
+    signatures = training.task.signatures(training.train.specs, training.train.facts, training.model)
     modules = training.task.modules(training.model)
     if _is_whole(training):
         return {name: _Together(training, signature) for name, signature in signatures.items()}

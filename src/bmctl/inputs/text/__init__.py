@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,20 +28,30 @@ def check(given: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     return iter(())
 
 
-def resolve(asked: Config, examples: Examples, *, published: Mapping[str, Any]) -> tuple[Spec, dict[str, bytes]]:
+def resolve(
+    asked: Config, examples: Examples, *, published: Mapping[str, Any], writes: bool = False
+) -> tuple[Spec, dict[str, bytes]]:
     """The model's tokenizer, or one that is trained on the training texts; it is kept as ``tokenizer.json``.
 
     Without `max_tokens`, 99 of 100 training texts stay whole, as far as the model takes so many tokens; all that it
-    takes where there are no texts.
+    takes where there are no texts. A task that `writes` gets texts with a token before them and none after them, whole
+    or not at all, and a tokenizer that loses nothing.
 
     Raises:
         RecipeError: More tokens than the model takes; a tokenizer to train for a model that has one, or none for one
-            that needs its own.
+            that needs its own; one that loses capitals or spaces, for a task that writes.
         PackageError: The model's tokenizer cannot be read.
     """
     from bmctl.inputs.text.tokens import resolve
 
-    return resolve(asked, examples, published=published)
+    return resolve(asked, examples, published=published, writes=writes)
+
+
+def decode(ids: Sequence[int], *, given: Resolved) -> str:
+    """The text that tokens stand for, without those that are none of any text."""
+    from bmctl.inputs.text.tokens import decode
+
+    return decode(ids, given=given)
 
 
 def specs(spec: Spec) -> tuple[TensorSpec, ...]:
@@ -59,8 +69,8 @@ def axes(spec: Spec) -> dict[str, Span]:
 
 
 def told(given: Resolved) -> dict[str, int]:
-    """``vocab_size``, ``max_tokens`` and ``pad_id``."""
-    told: dict[str, int] = given.spec.model_dump(exclude={"kind"})
+    """``vocab_size``, ``max_tokens`` and ``pad_id``; where texts are written also ``begin_id`` and ``end_id``."""
+    told: dict[str, int] = given.spec.model_dump(exclude={"kind"}, exclude_none=True)
     return told
 
 

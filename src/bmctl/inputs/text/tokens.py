@@ -1,4 +1,4 @@
-"""Texts to token ids, and tokenizers that are trained.
+"""Texts to token ids, and back.
 
 n: texts of a batch. N: texts of a split. t: tokens.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tokenizers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, processors
 
 from bmctl.core.columns import Column
-from bmctl.errors import PackageError, RecipeError, ResourceError
+from bmctl.errors import DataError, PackageError, RecipeError, ResourceError
 from bmctl.inputs.text.spec import COLUMN, IDS, MASK, TOKENIZER, Config, Spec, TokenizerConfig
+from bmctl.inputs.text.trained import FIRST, LAST, PAD, PARALLEL, parallel, train
 
 if TYPE_CHECKING:
     from bmctl.inputs import Examples, Records, Resolved
@@ -34,12 +34,11 @@ MOST_TOKENS = 512
 """Of texts, where neither recipe nor publisher says otherwise."""
 _WHOLE = 0.99
 _CHUNK = 1024
-_PAD, _UNKNOWN, _FIRST, _LAST = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
-_SPECIAL = [_PAD, _UNKNOWN, _FIRST, _LAST]
-_PARALLEL = "TOKENIZERS_PARALLELISM"
 
 
-def resolve(asked: Config, examples: Examples, *, published: Mapping[str, Any]) -> tuple[Spec, dict[str, bytes]]:
+def resolve(
+    asked: Config, examples: Examples, *, published: Mapping[str, Any], writes: bool
+) -> tuple[Spec, dict[str, bytes]]:
     """See bmctl.inputs.text.resolve."""
     takes = published.get("max_tokens")
     if asked.max_tokens is not None and takes is not None and asked.max_tokens > takes:
@@ -58,13 +57,21 @@ def resolve(asked: Config, examples: Examples, *, published: Mapping[str, Any]) 
             "data.input.tokenizer: the model brings its own, which its weights belong to",
             hint="remove data.input.tokenizer, or take an architecture by name, such as transformers:bert",
         )
-    wanted = asked.tokenizer or TokenizerConfig()
-    text = _read(Path(path)) if path is not None else train(_texts(examples), config=wanted)
+    wanted = (asked.tokenizer or TokenizerConfig()).for_writing() if writes else asked.tokenizer or TokenizerConfig()
+    text = _read(Path(path)) if path is not None else train(_texts(examples), config=wanted, writes=writes)
     tokenizer = open_tokenizer(text)
+    marks: dict[str, Any] = _marks(tokenizer, published) if writes else {}
+    if path is not None and writes:
+        text = _beginning(text, marks["begin_id"])
+        tokenizer = open_tokenizer(text)
     most = takes or MOST_TOKENS
-    max_tokens = asked.max_tokens or (_enough(tokenizer, _texts(examples), most=most) if len(examples) else most)
+    whole = 1.0 if writes else _WHOLE
+    max_tokens = asked.max_tokens or (
+        _enough(tokenizer, _texts(examples), most=most, whole=whole) if len(examples) else most
+    )
     pad_id = published.get("pad_id", _pad_id(tokenizer))
-    spec = Spec(max_tokens=max_tokens, vocab_size=max(tokenizer.get_vocab().values()) + 1, pad_id=pad_id)
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    spec = Spec(max_tokens=max_tokens, vocab_size=vocab_size, pad_id=pad_id, **marks)
     return spec, {TOKENIZER: text.encode()}
 
 
@@ -84,10 +91,11 @@ def _read(path: Path) -> str:
     return tokenizer.to_str()
 
 
-def _enough(tokenizer: Tokenizer, texts: Sequence[str], *, most: int) -> int:
-    """So many tokens that nearly all texts stay whole."""
+def _enough(tokenizer: Tokenizer, texts: Sequence[str], *, most: int, whole: float) -> int:
+    """So many tokens that this share of the texts stays whole; where it is all, others may be longer by an eighth."""
     lengths = [len(ids) for ids in _ids(tokenizer, texts)]
-    return min(most, _rounded(int(np.quantile(lengths, _WHOLE, method="higher"))))
+    found = int(np.quantile(lengths, whole, method="higher"))
+    return min(most, _rounded(found + (found // 8 if whole == 1 else 0)))
 
 
 def _rounded(num_tokens: int) -> int:
@@ -95,83 +103,40 @@ def _rounded(num_tokens: int) -> int:
 
 
 def _pad_id(tokenizer: Tokenizer) -> int:
-    known = (tokenizer.token_to_id(name) for name in (_PAD, "<pad>", "<|endoftext|>", "</s>"))
-    return next((each for each in known if each is not None), 0)
+    return _known(tokenizer, PAD, "<pad>", "<|endoftext|>", "</s>") or 0
 
 
-# -- a tokenizer of our own -------------------------------------------------------------------------
+def _known(tokenizer: Tokenizer, *names: str) -> int | None:
+    """The first of these tokens that there is."""
+    return next((each for each in map(tokenizer.token_to_id, names) if each is not None), None)
 
 
-def train(texts: Sequence[str], *, config: TokenizerConfig) -> str:
-    """The same texts give the same tokenizer, in every process.
+def _marks(tokenizer: Tokenizer, published: Mapping[str, Any]) -> dict[str, int]:
+    """The tokens before and after a text; one may be both.
 
-    Returns:
-        What `tokenizer.json` holds.
+    Raises:
+        RecipeError: It has none.
     """
-    tokenizer = _wordpiece(texts, config) if config.kind == "wordpiece" else _bpe(texts, config)
-    tokenizer.add_special_tokens(_SPECIAL)
-    first, last = tokenizer.token_to_id(_FIRST), tokenizer.token_to_id(_LAST)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{_FIRST} $A {_LAST}",
-        pair=f"{_FIRST} $A {_LAST} $B:1 {_LAST}:1",
-        special_tokens=[(_FIRST, first), (_LAST, last)],
-    )
+    end = published.get("end_id", _known(tokenizer, LAST, "<|endoftext|>", "</s>", "<eos>"))
+    begin = published.get("begin_id", _known(tokenizer, FIRST, "<s>", "<bos>"))
+    begin, end = begin if begin is not None else end, end if end is not None else begin
+    if begin is None or end is None:
+        raise RecipeError(
+            f"model.name: its {TOKENIZER} has no token that a text begins or ends with",
+            hint="say bos_token_id and eos_token_id in its config.json",
+        )
+    return {"begin_id": begin, "end_id": end}
+
+
+def _beginning(text: str, begin_id: int) -> str:
+    """A publisher's tokenizer, with this token before each text and none after it."""
+    tokenizer = Tokenizer.from_str(text)
+    begin = tokenizer.id_to_token(begin_id)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, begin_id)])
     return tokenizer.to_str()
 
 
-def _wordpiece(texts: Sequence[str], config: TokenizerConfig) -> Tokenizer:
-    """As BERT's: words and punctuation, cut into pieces of which all but a word's first begin with ##."""
-    normalizer = normalizers.BertNormalizer(lowercase=config.lowercase)
-    letters = sorted({letter for text in texts for letter in normalizer.normalize_str(str(text)) if letter.strip()})
-    # Left to the trainer, letters inside words get their ids in the order of a random hash, which decides ties.
-    inner = [f"##{letter}" for letter in letters]
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=config.vocab_size, special_tokens=[*_SPECIAL, *inner], show_progress=False
-    )
-
-    def empty(model: Any) -> Tokenizer:
-        tokenizer = Tokenizer(model)
-        tokenizer.normalizer = normalizer
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        tokenizer.decoder = decoders.WordPiece()
-        return tokenizer
-
-    trained = empty(models.WordPiece(unk_token=_UNKNOWN))
-    with parallel(False):
-        trained.train_from_iterator(map(str, texts), trainer, length=len(texts))
-    # Anew from the vocabulary: what is given as special would be found in texts before they are cut into words.
-    return empty(models.WordPiece(trained.get_vocab(), unk_token=_UNKNOWN))
-
-
-def _bpe(texts: Sequence[str], config: TokenizerConfig) -> Tokenizer:
-    """As GPT-2's: on bytes, so that nothing is unknown."""
-    tokenizer = Tokenizer(models.BPE())
-    small = [normalizers.Lowercase()] if config.lowercase else []
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), *small])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size,
-        special_tokens=_SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    with parallel(False):
-        tokenizer.train_from_iterator(map(str, texts), trainer, length=len(texts))
-    return tokenizer
-
-
 # -- encoding ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def parallel(wanted: bool) -> Iterator[None]:
-    """Threads of tokenizers or none; off afterwards: processes that are forked later would wait for them for ever."""
-    os.environ[_PARALLEL] = "true" if wanted else "false"
-    try:
-        yield
-    finally:
-        os.environ[_PARALLEL] = "false"
 
 
 @lru_cache(maxsize=4)
@@ -188,7 +153,8 @@ def open_tokenizer(text: str, *, max_tokens: int | None = None) -> Tokenizer:
 
 
 def _of(given: Resolved) -> Tokenizer:
-    return open_tokenizer(given.files[TOKENIZER].decode(), max_tokens=given.spec.max_tokens)
+    most = given.spec.max_tokens if given.spec.begin_id is None else None
+    return open_tokenizer(given.files[TOKENIZER].decode(), max_tokens=most)
 
 
 def _ids(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
@@ -199,17 +165,37 @@ def _ids(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
         yield from (each.ids for each in found)
 
 
+def _checked(ids: list[int], *, given: Resolved) -> list[int]:
+    """Raises:
+    DataError: More tokens than the model takes: what is cut off would be neither read nor counted.
+    """
+    if len(ids) > given.spec.max_tokens:
+        raise DataError(
+            f"a text has {len(ids)} tokens, and the model takes {given.spec.max_tokens}",
+            hint="shorter texts, or train for longer ones: data.source.piece and data.input.max_tokens",
+        )
+    return ids
+
+
+def decode(ids: Sequence[int], *, given: Resolved) -> str:
+    """See bmctl.inputs.text.decode."""
+    spec = given.spec
+    none_of_text = {spec.pad_id, spec.begin_id, spec.end_id}
+    found: str = _of(given).decode([each for each in ids if each not in none_of_text])
+    return found
+
+
 def encode(records: Records, *, given: Resolved) -> dict[str, np.ndarray]:
     """See bmctl.inputs.text.encode."""
     (texts,) = records.values()
     rows: list[Any] = list(texts)
     strings = [index for index, text in enumerate(rows) if isinstance(text, str)]
     if strings:
-        if _PARALLEL not in os.environ:
-            os.environ[_PARALLEL] = "false"
+        if PARALLEL not in os.environ:
+            os.environ[PARALLEL] = "false"
         found = _of(given).encode_batch([rows[index] for index in strings])
         for index, each in zip(strings, found, strict=True):
-            rows[index] = each.ids
+            rows[index] = _checked(each.ids, given=given)
     longest = max((len(row) for row in rows), default=0)
     length = min(_rounded(longest), given.spec.max_tokens)
     ids = np.full((len(rows), length), given.spec.pad_id, np.int32)
@@ -333,7 +319,8 @@ def _all(samples: Samples, names: tuple[str, ...], *, given: Resolved) -> tuple[
         starts[column, 0] = end
         for first in range(0, len(samples), _CHUNK):
             indices = np.arange(first, min(first + _CHUNK, len(samples)))
-            rows = list(_ids(tokenizer, samples.read(indices, only=(name,))[name]))
+            texts = samples.read(indices, only=(name,))[name]
+            rows = [_checked(ids, given=given) for ids in _ids(tokenizer, texts)]
             lengths = np.cumsum([len(row) for row in rows])
             starts[column, first + 1 : first + 1 + len(rows)] = end + lengths
             end += int(lengths[-1])

@@ -35,6 +35,7 @@ def quantize(onnx_path: Path, config: Config, context: MethodContext, *, wanted:
     samples = _samples(config, context, onnxgraph.read_signature(onnx_path), wanted=wanted)
     model = onnx.load(onnx_path)
     onnxgraph.name_nodes(model)
+    onnxgraph.fold_transposes(model)
     ignored = onnxgraph.match_nodes(model, config.ignore, where="ptq: ignore")
     notes: list[str] = []
     with quiet.listening(notes):

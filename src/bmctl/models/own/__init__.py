@@ -1,6 +1,6 @@
 """``bmctl:NAME``: small networks of our own.
 
-A new one is a class in own/networks.py, its arguments here, which build it for a spec, and a line in NETWORKS.
+A new one is a class in a file of this folder, its arguments here, which build it for a spec, and a line in NETWORKS.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
@@ -20,6 +20,7 @@ from bmctl.models.spec import (
     ModelSpec,
     Probability,
     bare_name,
+    check_causal,
     check_text,
     image_of,
     num_inputs,
@@ -155,8 +156,62 @@ class Encoder(Strict):
         return networks.Encoder(**told, **{**self.model_dump(), "hidden": self.hidden or 4 * self.width})
 
 
+class Decoder(Strict):
+    """A small causal language model.
+
+    Attributes:
+        width: Of the embeddings and of each layer; a multiple of `heads`.
+        depth: Number of layers.
+        kv_heads: Heads of keys and values, of which `heads` is a multiple; None for as many.
+        hidden: Width inside the gated feed-forward half of a layer; None for 8/3 of `width`, up to a multiple of 16.
+        positions: How it knows where a token stands.
+        tied: The table of the embeddings makes the logits as well.
+    """
+
+    width: Width = 256
+    depth: Annotated[int, Field(ge=1, le=96)] = 4
+    heads: Annotated[int, Field(ge=1, le=128)] = 4
+    kv_heads: Annotated[int, Field(ge=1, le=128)] | None = None
+    hidden: Width | None = None
+    positions: Literal["rotary", "learned", "sinusoidal"] = "rotary"
+    norm: Literal["rms", "layer"] = "rms"
+    tied: bool = True
+    dropout: Probability = 0.0
+
+    def build(self, spec: ModelSpec) -> nn.Module:
+        """Raises:
+        RecipeError: Heads that do not share width or keys and values evenly, or an input or a task of another kind.
+        """
+        from bmctl.models.own import decoder
+
+        check_text(spec)
+        check_causal(spec)
+        even = 2 * self.heads
+        if self.width % even:
+            raise RecipeError(
+                f"model.args.width: {self.width} does not give each of {self.heads} heads an even number",
+                hint=f"--set model.args.width={even * max(1, self.width // even)}",
+            )
+        kv_heads = self.kv_heads or self.heads
+        if self.heads % kv_heads:
+            raise RecipeError(
+                f"model.args.kv_heads: heads, {self.heads}, is no multiple of {kv_heads}",
+                hint="leave it out, or take 1",
+            )
+        args: dict[str, Any] = {name: told_of(spec, name) for name in ("vocab_size", "max_tokens")}
+        hidden = self.hidden or -(-8 * self.width // 48) * 16
+        return decoder.Decoder(**{**args, **self.model_dump(), "kv_heads": kv_heads, "hidden": hidden})
+
+
 NETWORKS: Mapping[str, type[Strict]] = MappingProxyType(
-    {"rescnn": ResCNN, "mlp": MLP, "duelling": Duelling, "tabular": Tabular, "encoder": Encoder}
+    {
+        "rescnn": ResCNN,
+        "mlp": MLP,
+        "duelling": Duelling,
+        "tabular": Tabular,
+        "encoder": Encoder,
+        "decoder": Decoder,
+    }
 )
 
 
@@ -202,7 +257,7 @@ def problems(name: str, args: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def build(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
-    """A module from `spec.given` to logits [N, num_classes].
+    """A module from `spec.given` to logits, of the classes or of the next token.
 
     Raises:
         RecipeError: An argument that the model does not take or out of its bounds; `pretrained`; tiny images.
