@@ -121,9 +121,18 @@ def _exporting(recipe: Recipe, backends: Sequence[Any]) -> Recipe:
 
 
 def infer(
-    options: Options, *, data: str | None, model: str | None, backend: str | None, form: str, to: str | None
+    options: Options,
+    *,
+    data: str | None,
+    model: str | None,
+    backend: str | None,
+    form: str,
+    to: str | None,
+    on_bad: str = "refuse",
 ) -> int:
     """Predict with a run, a package, an .onnx or an engine."""
+    if on_bad not in ("refuse", "skip"):
+        raise UsageError(f"--on-bad {on_bad}: no such way", hint="refuse or skip")
     if form not in ("jsonl", "csv"):
         raise UsageError(f"--format {form}: no such format", hint="jsonl or csv")
     from bmctl.engine.deployment import infer as engine
@@ -149,7 +158,13 @@ def infer(
         return _say(options, {"model": str(source), "data": data, "backend": backend})
     with options.console() as console, catch_signals() as stop:
         found = engine.predict(
-            source, data, backend=backend, batch_size=section.batch_size, emit=console.emit, stop=stop
+            source,
+            data,
+            backend=backend,
+            batch_size=section.batch_size,
+            on_bad=cast(Literal["refuse", "skip"], on_bad),
+            emit=console.emit,
+            stop=stop,
         )
         lines = engine.to_csv(found, columns=found.columns) if form == "csv" else engine.to_jsonl(found)
         if options.as_json:
