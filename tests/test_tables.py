@@ -54,6 +54,20 @@ def test_a_row_is_enough_to_predict(whole: Path, capsys: pytest.CaptureFixture[s
     assert "size is 'wide', expected a number" in capsys.readouterr().err
 
 
+def test_bad_rows_are_left_out_where_that_is_asked_for(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "new.csv").write_text("city,size\nBonn,50\nRome,wide\n")
+    infer = ["infer", str(tmp_path / "new.csv"), "--model", str(whole)]
+    assert main(infer) == 4
+    assert "leave them out with --on-bad skip" in capsys.readouterr().err
+    assert main([*infer, "--on-bad", "skip"]) == 0
+    found = capsys.readouterr()
+    assert [json.loads(line)["input"] for line in found.out.splitlines()] == ["new.csv:2"]
+    assert "left out: new.csv:3: size is 'wide'" in found.err
+    assert main([*infer, "--on-bad", "ignore"]) == 2
+
+
 def test_predictions_of_a_table_as_csv(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "new.csv").write_text("city,size\nBonn,50\nRome,150\n")
     assert main(["infer", str(tmp_path / "new.csv"), "--model", str(whole), "--quiet", "--format", "csv"]) == 0

@@ -121,9 +121,18 @@ def _exporting(recipe: Recipe, backends: Sequence[Any]) -> Recipe:
 
 
 def infer(
-    options: Options, *, data: str | None, model: str | None, backend: str | None, form: str, to: str | None
+    options: Options,
+    *,
+    data: str | None,
+    model: str | None,
+    backend: str | None,
+    form: str,
+    to: str | None,
+    on_bad: str = "refuse",
 ) -> int:
     """Predict with a run, a package, an .onnx or an engine."""
+    if on_bad not in ("refuse", "skip"):
+        raise UsageError(f"--on-bad {on_bad}: no such way", hint="refuse or skip")
     if form not in ("jsonl", "csv", "gif"):
         raise UsageError(f"--format {form}: no such format", hint="jsonl, csv or gif")
     film = Path(to) if form == "gif" and to else None
@@ -159,6 +168,7 @@ def infer(
             batch_size=size,
             task=task,
             film=film,
+            on_bad=cast(Literal["refuse", "skip"], on_bad),
             emit=console.emit,
             stop=stop,
         )

@@ -35,7 +35,6 @@ from bmctl.engine.training.optim import build_optimizer
 from bmctl.engine.training.stopwatch import Stopwatch
 from bmctl.engine.training.training import Training
 from bmctl.errors import BmctlError, DataError, RecipeError
-from bmctl.fit import Fit
 from bmctl.schema import BATCH
 
 MIN_STEPS = 10
@@ -335,5 +334,4 @@ def _epoch_steps(training: Training) -> int:
             f"the training split has {num_samples} samples, fewer than one batch of {batch_size}",
             hint=f"--set train.batch_size={max(1, num_samples // 2)}",
         )
-    steps_per_epoch = num_samples // batch_size
-    return steps_per_epoch, min(fit.epochs * steps_per_epoch, fit.max_steps or 2**62)
+    return num_samples // batch_size

@@ -91,21 +91,52 @@ class Tabular(Strict):
         """Raises:
         RecipeError: An input that is no row of a table.
         """
-        from bmctl.models.own import networks
+        from bmctl.models.own import tables
 
-        sizes = spec.told.get("category_sizes")
-        if not isinstance(sizes, tuple):
+        return tables.Tabular(**_of_rows(spec), **self.model_dump())
+
+
+class Factors(Strict):
+    """Rows with categories, such as users and items: a factorisation machine, with hidden layers beside it on request.
+
+    Attributes:
+        embedding: Numbers that a category becomes.
+        hidden: Width of each hidden layer; none is plain matrix factorisation.
+    """
+
+    embedding: Annotated[int, Field(ge=1, le=4096)] = 16
+    hidden: Widths = ()
+    dropout: Probability = 0.0
+
+    def build(self, spec: ModelSpec) -> nn.Module:
+        """Raises:
+        RecipeError: An input that is no row of a table, or that has no categories.
+        """
+        from bmctl.models.own import tables
+
+        rows = _of_rows(spec)
+        if not rows["category_sizes"]:
             raise RecipeError(
-                f"model.name: {spec.name} takes rows of a table; the data give {words(spec.given)}",
-                hint="take a model for such data",
+                f"model.name: {spec.name} multiplies categories, and the data have none",
+                hint="name columns that are ids: data.source.categories, or take bmctl:tabular",
             )
-        widths = [one.shape[1] for one in spec.given if one.dtype == "float32"]
-        return networks.Tabular(
-            num_numbers=sum(width for width in widths if isinstance(width, int)),
-            category_sizes=sizes,
-            num_classes=told_of(spec, "num_classes"),
-            **self.model_dump(),
+        return tables.Factors(**rows, **self.model_dump())
+
+
+def _of_rows(spec: ModelSpec) -> dict[str, Any]:
+    """Columns of numbers, sizes of categories, and classes."""
+    sizes = spec.told.get("category_sizes")
+    if not isinstance(sizes, tuple):
+        raise RecipeError(
+            f"model.name: {spec.name} takes rows of a table; the data give {words(spec.given)}",
+            hint="take a model for such data",
         )
+    widths = [one.shape[1] for one in spec.given if one.dtype == "float32"]
+    return {
+        "num_numbers": sum(width for width in widths if isinstance(width, int)),
+        "category_sizes": sizes,
+        "num_classes": told_of(spec, "num_classes"),
+    }
 
 
 class Duelling(Strict):
@@ -209,6 +240,7 @@ NETWORKS: Mapping[str, type[Strict]] = MappingProxyType(
         "mlp": MLP,
         "duelling": Duelling,
         "tabular": Tabular,
+        "factors": Factors,
         "encoder": Encoder,
         "decoder": Decoder,
     }

@@ -6,7 +6,7 @@ N: samples. C: input channels. H, W: pixels. K: classes. T: tokens. D: width. A:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -125,48 +125,6 @@ class MLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [N, C, H, W] or vectors [N, F]."""
         return self.layers(x)
-
-
-class Tabular(nn.Module):
-    """Rows of a table: an embedding for each column of categories beside the numbers, then linear layers with ReLU.
-
-    Args:
-        num_numbers: Columns of numbers, F.
-        category_sizes: Ids of each column of categories.
-        num_classes: K.
-        hidden: Width of each hidden layer.
-        embedding: Numbers that a category becomes.
-        dropout: Probability by which outputs of hidden layers are left out.
-    """
-
-    first: torch.Tensor
-
-    def __init__(
-        self,
-        *,
-        num_numbers: int,
-        category_sizes: Sequence[int],
-        num_classes: int,
-        hidden: Sequence[int] = (128, 64),
-        embedding: int = 8,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.num_numbers, self.num_categories = num_numbers, len(category_sizes)
-        if category_sizes:
-            # One table for all columns; `first` is where each one's rows begin in it.
-            self.register_buffer("first", torch.tensor([0, *accumulate(category_sizes)][:-1]), persistent=False)
-            self.embedding = nn.Embedding(sum(category_sizes), embedding)
-        num_inputs = num_numbers + embedding * len(category_sizes)
-        self.mlp = MLP(num_inputs=num_inputs, num_classes=num_classes, hidden=hidden, dropout=dropout)
-
-    def forward(self, numbers: torch.Tensor, categories: torch.Tensor | None = None) -> torch.Tensor:
-        """Numbers float [N, F] and categories int64 [N, C]; without numbers the categories come first."""
-        if not self.num_numbers:
-            return self.mlp(self.embedding(numbers + self.first))
-        if categories is None:
-            return self.mlp(numbers)
-        return self.mlp(torch.cat([numbers, self.embedding(categories + self.first).flatten(1)], dim=1))
 
 
 class Duelling(nn.Module):
