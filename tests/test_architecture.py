@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "schema": set(),
     "fit": set(),
     "__main__": {"cli"},
-    "cli": {"pipeline", "queries", "session"},
+    "cli": {"pipeline", "queries", "session", "processes"},
     "pipeline": {
         "stages", "session", "recipe", "package", "launch", "report", "store", "processes", "engine", *PLUGINS,
     },

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="bmctl",
     no_args_is_help=True,
-    add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -56,9 +55,7 @@ Axes = Annotated[
     list[str] | None,
     typer.Option("--axis", metavar="NAME=MIN:OPT:MAX", help="Sizes of a free axis of an .onnx; repeatable."),
 ]
-Sample = Annotated[
-    str | None, typer.Option("--sample", metavar="NPZ", help="Arrays by the inputs' names: parity and timing on them.")
-]
+Sample = Annotated[str | None, typer.Option("--sample", metavar="NPZ", help="Arrays by name, for parity and timing.")]
 
 
 def common(
@@ -83,6 +80,7 @@ def common(
 
 
 COMMON = inspect.signature(common).parameters
+CONTEXT = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
 SPEAKING = ("as_json", "quiet", "debug")
 Flags = Sequence[str]
 
@@ -97,14 +95,16 @@ def command(
         shared = {flag: COMMON[flag] for flag in flags if flag not in without}
 
         @functools.wraps(function)
-        def run(**given: Any) -> int:
+        def run(*, context: typer.Context, **given: Any) -> int:
+            from bmctl.processes.guard import guarded
             from bmctl.session import Options
 
             options = Options(**{flag: given.pop(flag) for flag in shared})
             options.begin()
-            raise typer.Exit(function(options, **given))
+            work = functools.partial(function, options, **given)
+            raise typer.Exit(guarded(work, arguments=context.obj) if context.obj and "dry_run" in shared else work())
 
-        parameters = [*own, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in shared.values())]
+        parameters = [*own, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in shared.values()), CONTEXT]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         to.command(name, rich_help_panel=panel)(run)
@@ -326,10 +326,10 @@ def spell(argument: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: see errors.py and the README."""
+    """Run one command, `argv` or this process's own, which is guarded (processes/guard.py); returns the exit code."""
     arguments = [spell(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     try:
-        app(arguments, prog_name="bmctl")
+        app(arguments, prog_name="bmctl", obj=arguments if argv is None else None)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BrokenPipeError:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bmctl import __version__, store
 from bmctl.core import owncode
-from bmctl.disk import disk_errors
+from bmctl.disk import disk_errors, remove_leftovers
 from bmctl.errors import PackageError, RecipeError, ResourceError, UsageError
 from bmctl.job import Logs
 from bmctl.recipe import Recipe, recipe_yaml
@@ -102,6 +102,8 @@ def opened(path: Path, recipe: Recipe, *, kept: Recipe | None = None) -> Iterato
             yield owns
         return
     with store.locked(path):
+        for folder in (path, path / "logs", path / "evaluations"):  # where nothing is published that would clean up
+            remove_leftovers(folder)
         _begin(path, recipe, kept=kept or recipe)
         yield True
 

@@ -20,6 +20,7 @@ from bmctl.core import owncode
 from bmctl.errors import BmctlError, RecipeError, UsageError
 from bmctl.job import is_restarted
 from bmctl.launch import is_worker
+from bmctl.processes import guard
 from bmctl.processes.signals import catch_signals
 from bmctl.recipe import Recipe, bare_recipe, load_recipe
 
@@ -81,6 +82,8 @@ class Session:
 
     def emit(self, event: Mapping[str, object]) -> None:
         """An event of the engine: into the run's metrics.jsonl, and onto the screen."""
+        if "stage" in event:
+            guard.note(stage=str(event["stage"]))
         if event["event"] != "progress":  # a bar's ticks are for the screen alone
             rundir.append_event(self.run, event)
         self.console.emit(event)
@@ -103,6 +106,7 @@ def opened(options: Options, target: Target) -> Iterator[Session]:
             yield Session(options, recipe, run, console)  # rank 0 owns the directory
             return
         with rundir.opened(run, recipe, kept=target.kept) as owns:
+            guard.note(run=str(run))
             kept = target.kept if package.list_packages(run) else target.kept or recipe
             session = Session(options, recipe, run, console, kept, owns)
             if options.recipe is None:
@@ -145,6 +149,7 @@ def stage(session: Session) -> Iterator[StageContext]:
                 emit=session.emit,
                 resume=options.resume,
                 overwrite=options.overwrite,
+                beat=guard.beat,
             )
             if agree(group, stop.requested is not None):
                 stop.request(signal.SIGTERM)  # it may have come to another process

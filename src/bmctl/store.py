@@ -25,13 +25,13 @@ from bmctl.disk import append as append
 from bmctl.disk import check_room as check_room
 from bmctl.disk import (
     disk_errors,
-    hidden_sibling,
     reach,
     remove_leftovers,
     renameat2,
     sync_directory,
     sync_tree,
 )
+from bmctl.disk import hidden_sibling as hidden_sibling
 from bmctl.disk import locked as locked
 from bmctl.disk import replace_link as replace_link
 from bmctl.disk import write_atomic as write_atomic

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,8 +97,12 @@ def last_lines(logs: Logs, rank: int) -> str:
     except FileNotFoundError:
         return ""
     begun = max((i for i, line in enumerate(lines) if line.startswith(HEADING)), default=-1)
-    lines = [line for line in lines[begun + 1 :] if line.strip() and not line.startswith("Extension modules:")]
-    # Of the stacks that a crash leaves, the one that crashed, innermost first; else the end of the log.
+    return "\n".join(crash_lines(lines[begun + 1 :]))
+
+
+def crash_lines(lines: Sequence[str]) -> list[str]:
+    """Of the stacks that a crash leaves, the one that crashed, innermost first; else the last lines."""
+    lines = [line for line in lines if line.strip() and not line.startswith("Extension modules:")]
     crashed = next((i for i, line in enumerate(lines) if line.startswith("Current thread")), None)
     shown = lines[-TAIL_LINES:] if crashed is None else lines[crashed : crashed + TAIL_LINES]
-    return "\n".join(f"  {line}" for line in shown)
+    return [f"  {line}" for line in shown]

@@ -22,6 +22,7 @@ from bmctl import store
 from bmctl.core import owncode
 from bmctl.errors import BmctlError, InterruptedRunError, PreemptedError, RecipeError
 from bmctl.job import Job, Logs, is_restarted, outcome_path, torchrun_nodes, write_outcome
+from bmctl.processes import guard
 from bmctl.processes.attempts import Attempts
 from bmctl.processes.heartbeat import Heart, beating, dump_on_signal, group_timeout_s
 from bmctl.processes.signals import Stop, catch_signals
@@ -67,6 +68,11 @@ def run_job(job: Job, config: LaunchConfig, *, emit: Emit, stop: Stop, heart: He
         except BmctlError as failed:
             error = failed
     settle(group, error)
+
+    def beat(step: int, doing: str) -> None:
+        guard.beat(step, doing)
+        heart.beat(step, doing)
+
     context = StageContext(
         run=run,
         recipe=recipe,
@@ -76,7 +82,7 @@ def run_job(job: Job, config: LaunchConfig, *, emit: Emit, stop: Stop, heart: He
         resume=resume,
         overwrite=job.overwrite,
         profile=job.profile,
-        beat=heart.beat,
+        beat=beat,
     )
     try:
         train_stage(context, start=open_package(Path(job.start)) if job.start else None)

@@ -71,6 +71,11 @@ class Attempts:
         if starts:
             self._write([*starts[:-1], {**starts[-1], "how": how}])
 
+    def killed(self, how: str) -> None:
+        """Tell what ended the newest start, which could not say it itself."""
+        if (starts := self._read()) and starts[-1]["how"] == UNKNOWN:
+            self.say(how)
+
     def check(self) -> None:
         """After a failure, with no checkpoint that is newer than the last start's.
 

@@ -30,6 +30,8 @@ def strike() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if KIND == "segv":
         ctypes.string_at(0)
+    if KIND == "abort":
+        os.abort()
     if KIND == "exit":
         os._exit(91)
     if KIND == "stop":

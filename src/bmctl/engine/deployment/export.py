@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -61,7 +60,8 @@ def export_package(
     for name in (name for name in names if found[name] is not None):
         context.emit({"event": "skip", "stage": STAGE, "text": f"{into / name} is up to date"})
     if todo:
-        folder = Path(tempfile.mkdtemp(prefix=".graph-", dir=into))
+        folder = store.hidden_sibling(into / "graph", "tmp")  # so named, a killed process's is cleared away
+        folder.mkdir()
         try:
             context.stop.check(STAGE)
             reference = make_reference(context, package, folder)

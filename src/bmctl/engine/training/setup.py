@@ -17,7 +17,7 @@ from bmctl.engine.batch import Batch, channels_last, chunks, free_sizes, num_row
 from bmctl.engine.checkpoints import checkpoint
 from bmctl.engine.checkpoints.checkpoint import Checkpoint
 from bmctl.engine.checkpoints.saver import Saver
-from bmctl.engine.computing import selfcheck
+from bmctl.engine.computing import selfcheck, strided
 from bmctl.engine.computing.compiling import compiled
 from bmctl.engine.computing.kernels import Kernels, choose
 from bmctl.engine.computing.precision import Precision, choose_precision
@@ -58,8 +58,8 @@ def set_up(training: Training, found: Checkpoint | None, undo: ExitStack) -> Non
     training.precision = _precision(training, found)
     undo.enter_context(training.precision.applied())
     # Before the batch size is tried and the numbers are compared: both are to hold for what will compute.
-    # Before the batch size is tried and the numbers are compared: both are to hold for what will compute.
     undo.enter_context(_kernels(training).applied())
+    _keep_within_bounds(training, undo)
     training.batch_size = _batch_size(training, found)
     _check_share(training)
     if fit.check_precision and found is None and not _is_too_large(training):
@@ -123,6 +123,16 @@ def _place(training: Training) -> None:
 def _kernels(training: Training) -> Kernels:
     fit, group = training.fit, training.context.group
     return choose(fit.kernels, precision=training.precision.name, group=group, compiled=fit.compile)
+
+
+def _keep_within_bounds(training: Training, undo: ExitStack) -> None:
+    """Where convolutions would crash the process or come out wrong, have them computed in another way, and say so."""
+    names = strided.concerned(training.model)
+    if not names or not training.fit.channels_last or training.context.group.device.type != "cpu":
+        return
+    undo.enter_context(strided.within_bounds())
+    which = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    training.remarks.append(f"channels_last: {which} computed pixel by pixel: oneDNN's gradient of it is out of bounds")
 
 
 def _shared(training: Training) -> SharedModel:
