@@ -87,7 +87,9 @@ def test_stages(trained: Path, command: str, fault: str, at: str, what: str, mad
         assert f"error: {what} was killed by SIGKILL (out of memory?)\n  hint: when memory is short" in killed.stderr
     else:
         check_told(killed, what=what, how=r"SIG(SEGV after step \d, \w+|ABRT)\n")
-    done = bmctl(trained, command, "-o", "run", "--resume")
+    going_on = re.search("to go on: bmctl (.+)$", killed.stderr, re.MULTILINE)
+    assert going_on is not None
+    done = bmctl(trained, *going_on[1].split())
     assert done.returncode == 0, done.stderr
     assert (trained / "run" / made).is_dir()
     assert not leftovers(trained)

@@ -17,10 +17,7 @@ if TYPE_CHECKING:
     from bmctl.session import Options
 
 app = typer.Typer(
-    name="bmctl",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
 )
 recipes_app = typer.Typer(no_args_is_help=True, help="List, show and copy the built-in recipes.")
 app.add_typer(recipes_app, name="recipes", rich_help_panel="Set up")
@@ -102,7 +99,10 @@ def command(
             options = Options(**{flag: given.pop(flag) for flag in shared})
             options.begin()
             work = functools.partial(function, options, **given)
-            raise typer.Exit(guarded(work, arguments=context.obj) if context.obj and "dry_run" in shared else work())
+            if context.obj and "dry_run" in shared:  # what can be planned is work
+                again = [*context.obj, *(["--resume"] if "resume" in shared and not options.resume else [])]
+                work = functools.partial(guarded, work, again=again)
+            raise typer.Exit(work())
 
         parameters = [*own, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in shared.values()), CONTEXT]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

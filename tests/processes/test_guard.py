@@ -51,7 +51,7 @@ def work():
     return 0
 
 try:
-    code = guarded(work, arguments=["train", "-r", "my recipe.yaml"])
+    code = guarded(work, again=["train", "-r", "my recipe.yaml", "--resume"])
 except BmctlError as error:
     say(error.message)
     say(error.hint)

@@ -39,7 +39,7 @@ _record: int | None = None
 _noted: dict[str, str] = {}
 
 
-def guarded(work: Callable[[], int], *, arguments: Sequence[str]) -> int:
+def guarded(work: Callable[[], int], *, again: Sequence[str]) -> int:
     """Do `work` in a child process, and tell how that ended where it cannot tell itself.
 
     Workers of torchrun do it here, as somebody else waits for them; and so do all where the kernel does not end a
@@ -47,7 +47,7 @@ def guarded(work: Callable[[], int], *, arguments: Sequence[str]) -> int:
 
     Args:
         work: Its return value is the process's exit code. In the child this function returns or raises as `work` does.
-        arguments: Of the command line, for the message.
+        again: The command line that goes on after a death, without the program: a command, and what it is given.
 
     Returns:
         What `work` returns, in the child. The parent ends as the child does: with its exit code, or by the signal to
@@ -84,7 +84,7 @@ def guarded(work: Callable[[], int], *, arguments: Sequence[str]) -> int:
         signal.signal(signum, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signum})
         os.kill(parent, signum)
-    raise _Death.read(child, signum, record).told(arguments)
+    raise _Death.read(child, signum, record).told(again)
 
 
 # -- the child ----------------------------------------------------------------------------------------
@@ -183,10 +183,9 @@ class _Death:
             pid, signum, run, noted.get("stage", ""), noted.get("at", ""), "" if signum == signal.SIGKILL else dump
         )
 
-    def told(self, arguments: Sequence[str]) -> WorkerError:
+    def told(self, again: Sequence[str]) -> WorkerError:
         """What to tell, and keep: the stacks in the run's logs, the cause with the starts of its training."""
-        brief = f"{self.stage or arguments[0]} {how_ended(-self.signum)}{self.at}"
-        message = "\n".join([brief, *crash_lines(self.dump.splitlines())])
+        brief = f"{self.stage or again[0]} {how_ended(-self.signum)}{self.at}"
         hints = []
         if self.run is not None:
             Attempts(self.run, self.stage).killed(brief)
@@ -194,12 +193,8 @@ class _Death:
                 hints.append(f"the stacks are in {self._log(brief)}")
         if self.signum == signal.SIGKILL:
             hints.append("when memory is short, the kernel kills: take smaller batches, or fewer data.num_workers")
-        if self.run is not None:
-            again = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
-            hints.append(f"what is published is kept; to go on: {shlex.join(['bmctl', *again])}")
-        else:
-            hints.append("try another --device or --backend")
-        return WorkerError(message, hint="; ".join(hints))
+        hints.append(f"what is published is kept; to go on: {shlex.join(['bmctl', *again])}")
+        return WorkerError("\n".join([brief, *crash_lines(self.dump.splitlines())]), hint="; ".join(hints))
 
     def _log(self, brief: str) -> Path:
         assert self.run is not None
