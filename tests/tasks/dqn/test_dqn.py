@@ -127,9 +127,9 @@ def test_the_loss_by_hand() -> None:
 
 def test_facts_are_the_environments() -> None:
     columns = {"episode": CARTPOLE, "seed": Id(9)}
-    assert dqn.facts(columns, CONFIG) == dqn.Facts(env="CartPole-v1", max_steps=500, num_actions=2)
+    assert dqn.facts(columns, CONFIG, {}) == dqn.Facts(env="CartPole-v1", max_steps=500, num_actions=2)
     with pytest.raises(DataError, match="dqn plays episodes") as caught:
-        dqn.facts({"picture": Picture(), "label": Class(("a", "b"))}, CONFIG)
+        dqn.facts({"picture": Picture(), "label": Class(("a", "b"))}, CONFIG, {})
     assert "kind: gymnasium" in caught.value.hint
 
 

@@ -43,7 +43,7 @@ def needs(config: Config) -> tuple[str, ...]:
     return (SEED,)
 
 
-def facts(columns: Mapping[str, Column], config: Config) -> Facts:
+def facts(columns: Mapping[str, Column], config: Config, told: Mapping[str, Any]) -> Facts:
     """The environment.
 
     Raises:
@@ -154,7 +154,7 @@ def distill_loss(
 # -- graphs -----------------------------------------------------------------------------------------
 
 
-def signatures(given: Sequence[TensorSpec], facts: Facts) -> dict[str, Signature]:
+def signatures(given: Sequence[TensorSpec], facts: Facts, model: Any = None) -> dict[str, Signature]:
     """One graph: from observations to a row of values per sample."""
     values = TensorSpec(
         name="values",
