@@ -32,6 +32,8 @@ EXTRAS = {
     "tensorrt-rtx": "TensorRT-RTX engines, built on any machine",
     "transformers": "models by name from transformers",
     "sklearn": "the digits data set",
+    "peft": "low-rank adaptation of models: the method lora",
+    "parquet": "tables in Parquet",
     "rl": "environments to learn to play in",
 }
 
