@@ -26,6 +26,7 @@ from bmctl.engine.parallel import Group
 from bmctl.engine.sharding.plan import Plan
 from bmctl.engine.training import setup, train
 from bmctl.errors import PreemptedError
+from bmctl.job import Logs
 from bmctl.methods import MethodContext, magnitude
 from bmctl.recipe import load_recipe, recipe_yaml
 
@@ -296,7 +297,8 @@ def texts(folder: Path, *overrides: str, name: str = "run") -> Path:
     (folder / "news.yaml").write_text(TEXTS.replace("news.csv", str(folder / "news.csv")))
     run = folder / name
     run.mkdir()
-    (run / "recipe.yaml").write_text(recipe_yaml(load_recipe(folder / "news.yaml", overrides=overrides)))
+    Logs(run).folder.mkdir()
+    Logs(run).recipe.write_text(recipe_yaml(load_recipe(folder / "news.yaml", overrides=overrides)))
     return run
 
 
