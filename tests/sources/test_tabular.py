@@ -126,3 +126,12 @@ def test_a_feature_called_like_the_target(tmp_path: Path) -> None:
 def test_there_is_one_target(tmp_path: Path, fields: dict) -> None:
     with pytest.raises(ValidationError, match="either label"):
         config(tmp_path / "a.csv", **fields)
+
+
+def test_rows_are_told_apart_by_where_their_words_end(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", ["1,23,5", "12,3,5", "1,23,5", "4,5,6"], head="user,item,price")
+    fields = {"drop": [], "categories": ["user", "item"], "val": 0.01, "test": 0.01}
+    parts = [tabular.open(config(path, **fields), split=split) for split in ("train", "val", "test")]
+    found = [one for part in parts for one in part.identities(range(len(part)))]
+    assert len(found) == 4
+    assert len(set(found)) == 3

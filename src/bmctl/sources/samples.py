@@ -71,7 +71,9 @@ class ArraySamples:
             digest = hashlib.blake2b(digest_size=16)
             for name in told:
                 value = self.arrays[name][index]
-                digest.update(value.encode() if isinstance(value, str) else value.tobytes())
+                body = value.encode() if isinstance(value, str) else value.tobytes()
+                digest.update(len(body).to_bytes(8, "little"))  # "1", "23" is not "12", "3"
+                digest.update(body)
             found.append(digest.digest())
         return found
 
