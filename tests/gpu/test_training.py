@@ -81,6 +81,8 @@ def test_batches_come_from_pinned_memory(
     tmp_path: Path, device: str, num_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those on the GPU, where they are finished too, are those on the CPU."""
+    if device == "cpu" and num_workers:
+        pytest.skip("loader processes on the CPU are tried in tests/engine/loading")
     recipe = make_recipe(tmp_path, "data.input.augment.shift=2")
     data = make_context(tmp_path / "run", recipe).data
     split = open_split(data, name="train", given=resolve_input(data), augment=True)
